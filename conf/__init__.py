@@ -1,0 +1,1 @@
+"""Hydra configs; a package only so that `pkg://ringattn.conf` finds them."""

@@ -1,0 +1,112 @@
+"""What a local attention kernel is: the one interface that executors call.
+
+Shapes, here and in every kernel:
+
+    B batch    L query rows here    M keys here    H query heads    G key/value heads (H % G == 0)
+    D head dim of q and k    E head dim of v (and of out)
+
+    q_BLHD  k_BMGD  v_BMGE  out_BLHE  lse_BHL (natural log)
+
+A kernel is told which keys each row may see by a list of segments (`segments.py`) and nothing else: no
+layouts, no masks, no ranks. Partial results are pairs (out, lse) that merge exactly (`merge.py`), so a
+caller may give it the keys piece by piece:
+
+    out, lse = kernel.forward(q, k0, v0, segments0, scale=scale)
+    out, lse = kernel.forward(q, k1, v1, segments1, scale=scale, running=(out, lse))
+
+and gradients likewise, because with the *global* lse and delta each piece's dq, dk and dv only add up
+(FlashAttention-2, arXiv:2307.08691, section 3.1.2).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .segments import Segments
+
+__all__ = ["Kernel", "accumulate_dtype", "nothing_seen", "row_delta"]
+
+
+class Kernel(Protocol):
+    """A local attention kernel."""
+
+    name: str
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why this kernel cannot run on such inputs, or None if it can."""
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        running: tuple[Tensor, Tensor] | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the segments, merged with what was seen before.
+
+        Args:
+            q (Tensor): [B, L, H, D].
+            k (Tensor): [B, M, G, D], same dtype.
+            v (Tensor): [B, M, G, E], same dtype.
+            segments: the pairs that are visible; they must not overlap. May be empty.
+            scale: factor on the scores before the softmax.
+            running: (out, lse) of keys seen before, in `accumulate_dtype`; the kernel may write into both.
+            out_dtype: dtype of the returned out; `accumulate_dtype(q)` unless told.
+
+        Returns:
+            out [B, L, H, E], lse [B, H, L] in `accumulate_dtype`. A row that has seen nothing has out 0, lse -inf.
+        """
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        dq: Tensor | None = None,
+        dk: Tensor | None = None,
+        dv: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the segments contribute to dq, dk and dv, in `accumulate_dtype`.
+
+        Args:
+            dout (Tensor): [B, L, H, E] gradient of out, in the dtype of q.
+            out, lse: the final, merged result of the forward, [B, L, H, E] and [B, H, L].
+            delta: [B, H, L], `row_delta(dout, out)`.
+            dq, dk, dv: running sums to add to, in place. One that is None starts from zero.
+        """
+        ...
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of partial results: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def row_delta(dout: Tensor, out: Tensor) -> Tensor:
+    """delta_BHL = sum over E of dout * out: what the softmax's normalisation takes from every score's gradient."""
+    dtype = accumulate_dtype(dout)
+    return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).contiguous()
+
+
+def nothing_seen(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of rows that have seen no key yet: the neutral element of the merge."""
+    batch, rows, heads, _ = q.shape
+    dtype = accumulate_dtype(q)
+    out = q.new_zeros(batch, rows, heads, v.shape[-1], dtype=dtype)
+    return out, q.new_full((batch, heads, rows), -torch.inf, dtype=dtype)
