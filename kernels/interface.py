@@ -34,6 +34,7 @@ class Kernel(Protocol):
     """A local attention kernel."""
 
     name: str
+    reads_delta: bool  # False: derives it from out and dout, so a gradient of lse cannot reach it
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot run on such inputs, or None if it can."""
@@ -87,7 +88,7 @@ class Kernel(Protocol):
         Args:
             dout (Tensor): [B, L, H, E] gradient of out, in the dtype of q.
             out, lse: the final, merged result of the forward, [B, L, H, E] and [B, H, L].
-            delta: [B, H, L], `row_delta(dout, out)`.
+            delta: [B, H, L], `row_delta(dout, out)` less the gradient of lse, if it has one.
             dq, dk, dv: running sums to add to, in place. One that is None starts from zero.
         """
         ...
