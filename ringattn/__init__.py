@@ -1,3 +1,29 @@
-"""Sequence-parallel attention: exact attention over a sequence that is cut across GPUs."""
+"""Sequence-parallel attention: exact attention over a sequence that is cut across GPUs.
 
-__version__ = "0.1.0"
+    cp = ringattn.ContextParallel(mesh["cp"])       # or a ProcessGroup, or None
+    ids, labels = cp.shard(ids), cp.shard(labels)   # this rank's tokens
+    positions = cp.positions(seq_len)               # their global positions
+    out = cp.attention(q, k, v, causal=True)        # (batch, tokens, heads, head_dim)
+"""
+
+from ringattn.agreement import RankDisagreement
+from ringattn.attention import ring_attention
+from ringattn.context import ContextParallel
+from ringattn.layout import Layout, make_layout
+from ringattn.mask import Mask
+from ringattn.plan import Plan, make_plan
+from ringattn.transport.interface import TransportError
+from ringattn.version import __version__
+
+__all__ = [
+    "ContextParallel",
+    "Layout",
+    "Mask",
+    "Plan",
+    "RankDisagreement",
+    "TransportError",
+    "__version__",
+    "make_layout",
+    "make_plan",
+    "ring_attention",
+]

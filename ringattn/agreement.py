@@ -1,0 +1,95 @@
+"""What ranks must have in common before they compute together, compared when a configuration is first used.
+
+Each rank writes a record of its configuration, or the reason why it refuses its inputs, into the store that the
+ranks met through, and reads the others'. So every rank raises, and says which rank differs in what, where a
+collective of unequal calls would hang or give wrong numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+
+import torch.distributed as dist
+
+from ringattn.ranks import Ranks
+
+__all__ = ["RankDisagreement", "agree"]
+
+Field = str | int | float | bool
+
+
+class RankDisagreement(RuntimeError):
+    """Ranks called with different configurations; nothing was computed."""
+
+
+def exchange_records(ranks: Ranks, record: Mapping[str, Field]) -> list[dict[str, Field]]:
+    """Every rank's record of this call, in rank order."""
+    store = dist.PrefixStore(f"ringattn/{ranks.group.group_name}/{ranks.calls}", dist.distributed_c10d._get_default_store())
+    store.set(str(ranks.rank), json.dumps(record))
+    keys = [str(rank) for rank in range(ranks.size)]
+    end = datetime.now() + ranks.deadline
+    for key in keys:
+        try:
+            store.wait([key], max(end - datetime.now(), ranks.deadline / 100))
+        except dist.DistStoreError as error:
+            raise RankDisagreement(
+                f"rank {ranks.rank} waited {ranks.deadline.total_seconds():g} s for rank {key}, which did not announce call "
+                f"{ranks.calls} of this group: it died, is late, or makes a call with a configuration that was used "
+                f"before, unlike this rank, whose is {dict(record)}"
+            ) from error
+    records = [json.loads(store.get(key)) for key in keys]
+    if store.add("read", 1) == ranks.size:  # the last reader tidies up: a store may outlive the group
+        for key in (*keys, "read"):
+            store.delete_key(key)
+    return records
+
+
+def by_value(values: list[Field]) -> str:
+    """Who has what.
+
+    Example:
+        >>> by_value(["zigzag", "striped", "zigzag"])
+        "'zigzag' on rank 0, 2 and 'striped' on rank 1"
+    """
+    distinct = list(dict.fromkeys(values))
+    return " and ".join(
+        f"{value!r} on rank {', '.join(str(rank) for rank, other in enumerate(values) if other == value)}"
+        for value in distinct
+    )
+
+
+def agree(ranks: Ranks, record: Mapping[str, Field], refusal: Exception | None) -> None:
+    """Compares configurations over all ranks; returns when they are equal and nobody refused.
+
+    Args:
+        record: field names and values; every field must be equal on all ranks, but `tokens`, which adds up to the
+            field `seq_len`.
+        refusal: why this rank cannot take its inputs; it is raised here, and reported on all other ranks.
+
+    Raises:
+        RankDisagreement: names rank, field, the values and what to do.
+    """
+    if ranks.size == 1:
+        if refusal is not None:
+            raise refusal
+        return
+    announced = {"refusal": f"{type(refusal).__name__}: {refusal}"} if refusal is not None else record
+    records = exchange_records(ranks, announced)
+    if refusal is not None:
+        raise refusal
+    refusals = [f"rank {rank} refused its inputs: {other['refusal']}" for rank, other in enumerate(records) if "refusal" in other]
+    if refusals:
+        raise RankDisagreement("; ".join(refusals))
+    for field in record:
+        values = [other.get(field, "nothing") for other in records]
+        if field == "tokens" or len(set(values)) == 1:
+            continue
+        advice = f"pass the same {field} on every rank"
+        if field == "seq_len":
+            tokens = [other["tokens"] for other in records]
+            advice = f"the shards hold {tokens} tokens; pass seq_len={sum(map(int, tokens))} on every rank if they are one sequence"
+        elif field == "version":
+            advice = "install the same ringattn on every rank"
+        raise RankDisagreement(f"nothing was computed, ranks disagree: {field} is {by_value(values)}; {advice}")

@@ -1,0 +1,43 @@
+"""What an executor is given for one attention call on one rank, besides the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.interface import Kernel
+from ringattn.plan import Plan
+from ringattn.transport.interface import Transport
+
+__all__ = ["Buffers", "Call"]
+
+
+class Buffers:
+    """Named receive buffers that outlive a call: each grows to the largest size asked of it and is then reused."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[Hashable, Tensor] = {}
+
+    def take(self, name: Hashable, shape: torch.Size | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor on the device of `like`, valid until the name is taken again on the same stream."""
+        stream = torch.cuda.current_stream(like.device).stream_id if like.is_cuda else 0
+        key = (name, like.device, stream)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if key not in self._bytes or self._bytes[key].numel() < size:
+            self._bytes[key] = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return self._bytes[key][:size].view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rank's part in one attention over a sequence."""
+
+    plan: Plan
+    rank: int
+    kernel: Kernel
+    scale: float
+    transport: Transport | None  # None when there is one rank
+    buffers: Buffers

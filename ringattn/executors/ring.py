@@ -1,0 +1,160 @@
+"""The ring: at step t, rank r computes with the keys and values of rank r - t while the next ones arrive.
+
+    forward, P = 3             step 0           step 1           step 2
+      rank 0  computes with     KV 0             KV 2             KV 1
+              while sending     KV 0 -> rank 1   KV 2 -> rank 1
+
+    backward: KV goes round as before, and the gradients of each shard, in fp32, follow it one step behind,
+    gathering every rank's part, until the last one sends them home to their owner.
+
+      rank 0  computes          dKV 0            dKV 2            dKV 1
+              while sending                      dKV 0 -> rank 1  dKV 2 -> rank 1  dKV 1 -> rank 1, its owner
+              then adds to                       dKV 2 <- rank 2  dKV 1 <- rank 2
+
+Memory is two buffers of the largest shard for KV and two for dKV, whatever P. A shard travels no further than
+the last rank that looks at it (`Plan.reach`). Every sum has a fixed order, so results are bit-equal run to run.
+Source: Ring Attention, arXiv:2310.01889.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringattn.executors.call import Call
+from ringattn.kernels.interface import accumulate_dtype, nothing_seen
+from ringattn.transport.interface import Message
+
+__all__ = ["backward", "forward"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Neighbours:
+    """The ring as one rank sees it: whose shard it holds at a step, and what then goes where."""
+
+    def __init__(self, call: Call, k: Tensor, v: Tensor):
+        self.call = call
+        self.ranks = call.plan.ranks
+        self.next = (call.rank + 1) % self.ranks
+        self.previous = (call.rank - 1) % self.ranks
+        self.k, self.v = k, v
+
+    def source(self, step: int) -> int:
+        return (self.call.rank - step) % self.ranks
+
+    def buffer(self, name: str, step: int, source: int, dtype: torch.dtype) -> Pair:
+        """One of two pairs of buffers, shaped like the keys and values of `source`."""
+        length = self.call.plan.layout.lengths[source]
+        k, v = (
+            self.call.buffers.take((name, part, step % 2), (x.shape[0], length, *x.shape[2:]), x, dtype)
+            for part, x in (("k", self.k), ("v", self.v))
+        )
+        return k, v
+
+    def pass_shard(self, step: int, shard: Pair | None) -> tuple[list[Message], list[Message], Pair | None]:
+        """Sends the shard of this step on, if someone further needs it, and receives the next step's."""
+        plan = self.call.plan
+        sends, receives, arriving = [], [], None
+        if shard is not None and step < plan.reach(self.source(step)):
+            sends = [Message(x, self.next) for x in shard]
+        upcoming = self.source(step + 1)
+        if step + 1 <= plan.reach(upcoming) and step + 1 < self.ranks:
+            arriving = self.buffer("shard", step, upcoming, self.k.dtype)
+            receives = [Message(x, self.previous) for x in arriving]
+        return sends, receives, arriving
+
+    def exchange(self, sends: list[Message], receives: list[Message]):
+        if not (sends or receives):
+            return lambda: None
+        assert self.call.transport is not None
+        return self.call.transport.exchange(sends, receives)
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
+    """Attention of this rank's queries over the whole sequence.
+
+    Args:
+        q (Tensor): [B, L, H, D] this rank's queries; k [B, L, G, D], v [B, L, G, E] its keys and values.
+
+    Returns:
+        out [B, L, H, E] in the dtype of q, lse [B, H, L] in fp32 (fp64 for fp64 inputs).
+    """
+    plan, rank = call.plan, call.rank
+    ring = Neighbours(call, k, v)
+    seeing = [step for step in range(plan.ranks) if plan.segments(rank, ring.source(step))]
+    if not seeing:
+        out, lse = nothing_seen(q, v)
+        running = out.to(q.dtype), lse
+    else:
+        running = None
+    shard: Pair | None = (k.contiguous(), v.contiguous())
+    for step in range(plan.ranks):
+        sends, receives, arriving = ring.pass_shard(step, shard)
+        wait = ring.exchange(sends, receives)
+        if step in seeing:
+            assert shard is not None
+            running = call.kernel.forward(
+                q,
+                *shard,
+                plan.segments(rank, ring.source(step)),
+                scale=call.scale,
+                running=running,
+                out_dtype=q.dtype if step == seeing[-1] else None,
+            )
+        wait()
+        shard = arriving
+    assert running is not None
+    return running
+
+
+def backward(
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of this rank's queries, keys and values.
+
+    Args:
+        dout, out (Tensor): [B, L, H, E]; lse, delta [B, H, L], see `Kernel.backward`; the rest as in `forward`.
+
+    Returns:
+        dq, dk, dv shaped like q, k, v, in fp32 (fp64 for fp64 inputs).
+    """
+    plan, rank = call.plan, call.rank
+    ring = Neighbours(call, k, v)
+    dtype = accumulate_dtype(q)
+    dq = None
+    shard: Pair | None = (k.contiguous(), v.contiguous())
+    gathered: Pair | None = None  # gradients of the shard of the step before, all ranks so far
+    home: Pair = k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
+    for step in range(plan.ranks + 1):  # the extra step only brings the last gradients home
+        source, behind = ring.source(step), ring.source(step - 1)
+        sends, receives, arriving = ring.pass_shard(step, shard)
+        joining: Pair | None = None  # gradients of this step's shard, all ranks before this one
+        if gathered is not None:
+            peer = ring.next if step <= plan.reach(behind) else behind
+            sends += [Message(x, peer) for x in gathered]
+        if 0 < step <= plan.reach(source) and step < plan.ranks:
+            joining = ring.buffer("gradient", step, source, dtype)
+            receives += [Message(x, ring.previous) for x in joining]
+        if 0 < plan.reach(rank) == step - 1:
+            receives += [Message(x, (rank + step - 1) % plan.ranks) for x in home]
+        wait = ring.exchange(sends, receives)
+        partial: Pair | None = None
+        if step < plan.ranks and (step == 0 or plan.segments(rank, source)):
+            assert shard is not None
+            dq, *partial = call.kernel.backward(
+                dout, q, *shard, out, lse, delta, plan.segments(rank, source), scale=call.scale, dq=dq
+            )
+        wait()
+        shard = arriving
+        if step == 0:
+            gathered = tuple(x.contiguous() for x in partial)
+            if plan.reach(rank) == 0:
+                home, gathered = gathered, None
+        else:
+            if joining is not None and partial is not None:
+                for total, part in zip(joining, partial, strict=True):
+                    total.add_(part)
+            gathered = joining
+    assert dq is not None
+    return dq, *home

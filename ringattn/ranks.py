@@ -1,0 +1,71 @@
+"""The ranks that share a sequence: a process group with what ringattn keeps for it between calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn.executors.call import Buffers
+from ringattn.transport.interface import Transport
+from ringattn.transport.p2p import P2PTransport
+
+__all__ = ["ALONE", "Ranks", "group_name", "ranks_named"]
+
+ALONE = ""  # the name of the group of a process that shares its sequence with nobody
+DEADLINE = timedelta(seconds=float(os.environ.get("RINGATTN_DEADLINE", "300")))  # longest wait for another rank
+
+
+class Ranks:
+    """This process's view of one group. State that must be equal on all ranks changes only in collective calls."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.deadline = DEADLINE
+        self.transport: Transport | None = P2PTransport(group, DEADLINE) if group is not None else None
+        self.buffers = Buffers()
+        self.calls = 0  # attention calls so far, the same number on every rank
+        self.agreed: set[Hashable] = set()
+
+
+_alone = Ranks(None)
+_ranks: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
+
+
+def group_name(group: dist.ProcessGroup | DeviceMesh | None) -> str:
+    """The name under which an operator finds a group again; operators take names, not process groups.
+
+    Args:
+        group: None means all ranks, or this process alone where torch.distributed is not initialised.
+
+    Raises:
+        ValueError: a mesh of several dimensions.
+        TypeError: anything else.
+    """
+    if group is None:
+        group = dist.group.WORLD if dist.is_initialized() else None
+        return ALONE if group is None else group.group_name
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or tuple(range(group.ndim))
+            raise ValueError(f"got a mesh of dimensions {names}; pass the one that shares a sequence: mesh[{names[-1]!r}]")
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"got group of type {type(group).__name__}; pass a ProcessGroup, a 1-D DeviceMesh or None")
+    return group.group_name
+
+
+def ranks_named(name: str) -> Ranks:
+    """The ranks of a group by its name."""
+    if name == ALONE:
+        return _alone
+    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    if group not in _ranks:
+        _ranks[group] = Ranks(group)
+    return _ranks[group]
