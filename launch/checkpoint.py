@@ -9,13 +9,16 @@ Parameters are the same on every rank, so ranks share the writing and any number
 from __future__ import annotations
 
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 __all__ = ["find", "load", "save"]
@@ -23,14 +26,18 @@ __all__ = ["find", "load", "save"]
 FOLDER = "checkpoints"
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], keep: int):
+def save(
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any], keep: int
+) -> None:
     """Write a checkpoint (every rank calls this); older ones beyond `keep` go once it stands."""
     final = run / FOLDER / f"step-{step:08d}"
     aside = final.with_suffix(".part")
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
     barrier()
-    dcp.save(_state(model, optimizer, step, data), checkpoint_id=aside, no_dist=not dist.is_initialized())
+    with alone_on_purpose():
+        state = _state(model, optimizer, step, data)
+        state_dict_saver.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
     barrier()
     if rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -75,7 +82,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, data: d
         torch.distributed.checkpoint.CheckpointException: it holds another model.
     """
     state = _state(model, optimizer, 0, data)
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    with alone_on_purpose():
+        state_dict_loader.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     for key, expected in data.items():
         if state["data"][key] != expected:
             raise ValueError(
@@ -96,6 +104,14 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, data: 
 def finished(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     return sorted(path for path in (run / FOLDER).glob("step-*") if not path.suffix)
+
+
+@contextmanager
+def alone_on_purpose() -> Iterator[None]:
+    """Without torch's warning that a single process saves or loads, which it gives even where that was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def rank() -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -120,18 +121,21 @@ def _signals_restored() -> Iterator[None]:
 def _first_failure(error: ChildFailedError, logs: Path) -> GangFailed:
     """The failure that the others followed from.
 
-    A rank that a signal killed left no record and takes its peers down with it, so it comes first; among
-    exceptions, the error file written first (elastic's own timestamps are whole seconds).
+    Among exceptions, the error file written first (elastic's own timestamps are whole seconds). A rank that a
+    signal killed left no file: SIGTERM is how elastic ends the survivors and comes last; anything else, such
+    as SIGKILL for want of memory, broke the connections that its peers then complain about, and comes first.
     """
 
     def order(item: tuple[int, ProcessFailure]) -> float:
         path = Path(item[1].error_file)
-        return path.stat().st_mtime if path.is_file() else 0.0
+        if path.is_file():
+            return path.stat().st_mtime
+        return math.inf if item[1].exitcode == -signal.SIGTERM else 0.0
 
     rank, failure = min(error.failures.items(), key=order)
-    if isinstance(failure.message, dict):  # elastic's annotation says str; with an error file it is the record
-        what, traceback = failure.message["message"], failure.message["extraInfo"]["py_callstack"]
-        return GangFailed(rank, what.splitlines()[0], traceback, logs)
+    told: Any = failure.message  # annotated as str, but where there is an error file it is what that holds
+    if isinstance(told, dict):
+        return GangFailed(rank, told["message"].splitlines()[0], told["extraInfo"]["py_callstack"], logs)
     what = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     return GangFailed(rank, what, "", logs)
 

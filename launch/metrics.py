@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 __all__ = ["METRICS", "Journal", "peak_memory_gib", "read"]
 
 METRICS, LOG = "metrics.jsonl", "log.txt"
+SECONDS = 2.0  # between lines on a plain console; fast runs would flood it
 
 
 class Journal:
@@ -34,6 +36,7 @@ class Journal:
     def __init__(self, folder: Path, rank: int, steps: int, tensorboard: bool) -> None:
         self.speaks = rank == 0
         self.steps = steps
+        self.spoke = -SECONDS
         if not self.speaks:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,7 @@ class Journal:
             self.events = SummaryWriter(str(folder / "tensorboard"))
         self.bar = None
         if self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            columns = (BarColumn(20), TimeRemainingColumn(), TextColumn("{task.description}"))
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task("", total=steps)
             self.bar.start()
@@ -66,12 +69,15 @@ class Journal:
         if self.events:
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
-        line = "  ".join(f"{name} {spell(name, value)}" for name, value in values.items())
-        if self.bar and "validation_loss" not in values:
-            self.log.write(f"step {step}/{self.steps}  {line}\n")
-            self.bar.update(self.task, completed=step, description=line)
-        else:
-            self.say(f"step {step}/{self.steps}  {line}")
+        said = "  ".join(f"{name} {spell(name, value)}" for name, value in values.items())
+        line = f"step {step}/{self.steps}  {said}"
+        self.log.write(line + "\n")
+        if self.bar and "loss" in values:
+            short = f"step {step}/{self.steps}  loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
+            self.bar.update(self.task, completed=step, description=short)
+        elif "loss" not in values or step == self.steps or time.monotonic() - self.spoke > SECONDS:
+            self.spoke = time.monotonic()
+            self.console.print(line, markup=False)
 
     def close(self) -> None:
         if not self.speaks:

@@ -28,15 +28,18 @@ from .data import VOCABULARY
 __all__ = ["Transformer", "rope", "rope_turns"]
 
 
-def rope_turns(positions_L: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles position * base^(-2i / D), [L, D/2] fp32 each (arXiv:2104.09864)."""
+Turns = tuple[Tensor, Tensor]  # cosine and sine, [L, D/2] each
+
+
+def rope_turns(positions_L: Tensor, head_dim: int, base: float) -> Turns:
+    """Turns by the angles position * base^(-2i / D), in fp32 (arXiv:2104.09864)."""
     # In fp64: beyond 2^24 positions times frequencies would already be wrong in fp32.
     exponents = torch.arange(0, head_dim, 2, device=positions_L.device, dtype=torch.float64) / head_dim
     angles = positions_L.double()[:, None] * base**-exponents
     return angles.cos().float(), angles.sin().float()
 
 
-def rope(x_BLHD: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+def rope(x_BLHD: Tensor, turns: Turns) -> Tensor:
     """Turn the pairs (i, i + D/2) of every head by the token's angles; computed in fp32, dtype kept."""
     cos_L1D, sin_L1D = (part[:, None] for part in turns)
     left, right = x_BLHD.float().chunk(2, -1)
@@ -54,7 +57,7 @@ class Attention(nn.Module):
         self.project = nn.Linear(shape.dim, sum(self.heads) * shape.head_dim, bias=False)
         self.out = nn.Linear(shape.dim, shape.dim, bias=False)
 
-    def forward(self, x_BLC: Tensor, turns: tuple[Tensor, Tensor], cp: ringattn.ContextParallel, seq_len: int) -> Tensor:
+    def forward(self, x_BLC: Tensor, turns: Turns, cp: ringattn.ContextParallel, seq_len: int) -> Tensor:
         heads_BLND = self.project(x_BLC).unflatten(-1, (-1, self.head_dim))
         q_BLHD, k_BLGD, v_BLGD = heads_BLND.split(self.heads, -2)
         out_BLHD = cp.attention(rope(q_BLHD, turns), rope(k_BLGD, turns), v_BLGD, causal=True, seq_len=seq_len)
@@ -80,7 +83,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(shape.dim, eps=1e-6)
         self.mlp = SwiGLU(shape)
 
-    def forward(self, x_BLC: Tensor, turns: tuple[Tensor, Tensor], cp: ringattn.ContextParallel, seq_len: int) -> Tensor:
+    def forward(self, x_BLC: Tensor, turns: Turns, cp: ringattn.ContextParallel, seq_len: int) -> Tensor:
         x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), turns, cp, seq_len)
         return x_BLC + self.mlp(self.mlp_norm(x_BLC))
 

@@ -27,17 +27,20 @@ JOB = "ringattn.launch.trainer:train"
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ringattn.conf", config_name="train")
-def compose(config: DictConfig) -> float:
-    """Hydra's task; returns the loss that an optimising sweeper minimises."""
-    run = as_rank if dist.is_torchelastic_launched() else as_parent
-    return run(config, Path(HydraConfig.get().runtime.output_dir))["loss"]
+def task(config: DictConfig) -> float:
+    """One job; returns the loss that an optimising sweeper minimises."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    result = as_rank(config, folder) if dist.is_torchelastic_launched() else as_parent(config, folder)
+    assert result is not None  # only to the eyes of `record`
+    return result.get("validation_loss", result["loss"])
 
 
 def as_parent(config: DictConfig, folder: Path) -> dict[str, Any]:
     """Start a gang for this job; in a sweep, leave a row whatever becomes of it."""
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-    row: dict[str, object] = {"job": HydraConfig.get().job.get("num", 0), "status": "interrupted"}
-    row |= dict(override.split("=", 1) for override in HydraConfig.get().overrides.task)
+    hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    row: dict[str, object] = {"job": folder.name, "status": "interrupted"}
+    row |= dict(override.lstrip("+").split("=", 1) for override in hydra_config.overrides.task)
     try:
         config.parallel.ranks = config.parallel.ranks or gang.default_ranks()
         settings.resolve(config)
@@ -55,13 +58,15 @@ def as_parent(config: DictConfig, folder: Path) -> dict[str, Any]:
         raise
     finally:
         if sweeping:
-            append_row(Path(HydraConfig.get().sweep.dir) / RESULTS, row | {"folder": folder})
+            table = Path(hydra_config.sweep.dir) / RESULTS
+            append_row(table, row | {"folder": os.path.relpath(folder, table.parent)})
+            print(f"job {row['job']}: {row['status']}; a row in {table}")
 
 
 @record
 def as_rank(config: DictConfig, folder: Path) -> dict[str, Any]:
     """Run as one of torchrun's ranks, with rank 0's config and folder."""
-    from .trainer import train
+    from .trainer import train  # needs more than a parent does
 
     with gang.joined(config.parallel.device) as place:
         asked = config.parallel.ranks
@@ -72,7 +77,7 @@ def as_rank(config: DictConfig, folder: Path) -> dict[str, Any]:
         shared = [OmegaConf.to_container(config, resolve=True), str(folder)]
         if place.size > 1:
             dist.broadcast_object_list(shared, src=0)
-        return train(OmegaConf.create(shared[0]), Path(shared[1]), place)
+        return train(DictConfig(shared[0]), Path(str(shared[1])), place)
 
 
 def enlist(arguments: list[str]) -> None:
@@ -95,7 +100,7 @@ def main() -> None:
     settings.register()
     if dist.is_torchelastic_launched():
         enlist(sys.argv)
-    compose()
+    task()
 
 
 if __name__ == "__main__":

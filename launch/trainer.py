@@ -151,14 +151,14 @@ class Trainer:
         megabytes = {split: size / 1e6 for split, size in self.corpus.sizes.items()}
         precision = f"{self.precision} ({'asked for' if self.chosen.precision != 'auto' else self.device.type})"
         self.journal.say(
-            f"ranks      {size}, {backend}; device {self.device.type}: {self.place.reason}\n"
-            f"grid       {self.grid[0]} sequence(s) side by side, {self.grid[1]} rank(s) per sequence\n"
-            f"tokens     {data.batch} x {data.seq_len} a step; of each sequence {per_rank} per rank\n"
-            f"model      {parameters / 1e6:.2f} M parameters, {shape.layers} layers, {shape.heads}:{shape.kv_heads} "
+            f"ranks: {size}, {backend}; device {self.device.type}: {self.place.reason}\n"
+            f"grid: {self.grid[0]} sequence(s) side by side, {self.grid[1]} rank(s) per sequence\n"
+            f"tokens: {data.batch} x {data.seq_len} a step; of each sequence {per_rank} per rank\n"
+            f"model: {parameters / 1e6:.2f} M parameters, {shape.layers} layers, {shape.heads}:{shape.kv_heads} "
             f"heads of {shape.head_dim}; {precision}\n"
-            f"data       {self.corpus.folder}: {megabytes['train']:.1f} MB to train on, "
+            f"data: {self.corpus.folder}: {megabytes['train']:.1f} MB to train on, "
             f"{megabytes['validation']:.1f} MB held out\n"
-            f"start      {f'step {self.begun} of {origin}' if origin else f'from seed {self.chosen.seed}'}"
+            f"start: {f'step {self.begun} of {origin}' if origin else f'from seed {self.chosen.seed}'}"
         )
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         rows, length = self.rows.stop - self.rows.start, held[self.cp.rank]
