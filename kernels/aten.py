@@ -30,8 +30,11 @@ def native_pieces(segments: Segments) -> Iterator[tuple[slice, slice, bool]]:
     """Cuts segments into (rows, keys, causal) that are square and causal, or seen whole.
 
     Example:
-        >>> list(native_pieces(Segments([Segment(0, 4, 0, 3, 1)])))
-        [(slice(0, 2), slice(0, 1), False), (slice(0, 2), slice(1, 3), True), (slice(2, 4), slice(0, 3), False)]
+        >>> for rows, keys, causal in native_pieces(Segments([Segment(0, 4, 0, 3, 1)])):
+        ...     print(f"rows {rows.start}:{rows.stop} keys {keys.start}:{keys.stop} causal={causal}")
+        rows 0:2 keys 0:1 causal=False
+        rows 0:2 keys 1:3 causal=True
+        rows 2:4 keys 0:3 causal=False
     """
     for segment in segments:
         segment = segment.canonical()
