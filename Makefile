@@ -5,8 +5,8 @@
 # Set-up makes .venv once and installs ringattn into it, editable. PYTHON chooses the interpreter.
 
 PYTHON ?= python3
-BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --constraint .venv/constraints.txt
 
 # The folder that holds $(PYTHON)'s torch, printed only if that torch sees a GPU.
@@ -16,15 +16,15 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 .PHONY: demo test lint
 
 demo: .venv/tests
-	$(BIN)/python -m ringattn.launch.demo
+	$(PY) -m ringattn.launch.demo
 
 test: .venv/tests
-	$(BIN)/pytest
+	$(PY) -m pytest
 
 lint: .venv/linters
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright --pythonpath $(PY)
 
 # Which torch? One that already sees a GPU is kept: .venv looks into its folder, and pip adds only what is missing.
 # A GPU without such a torch gets PyPI's, which is built for CUDA. Both leave every version open. Any other machine
@@ -33,7 +33,7 @@ lint: .venv/linters
 	@if site=$$($(PYTHON) -c '$(FIND_CUDA_TORCH)' 2>/dev/null); then \
 		echo "Setting up .venv around the torch in $$site"; \
 		$(PYTHON) -m venv --system-site-packages .venv && \
-		echo "$$site" >"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cuda_torch.pth" && \
+		echo "$$site" >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cuda_torch.pth" && \
 		: >$@; \
 	elif nvidia-smi --list-gpus >/dev/null 2>&1; then \
 		echo "Setting up .venv for CUDA"; \
