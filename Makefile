@@ -42,7 +42,7 @@ lint: .venv/linters
 		echo "Setting up .venv for CPUs"; \
 		$(PYTHON) -m venv .venv && \
 		{ $(PIP) install --constraint $< torch 2>/dev/null || \
-		  $(PIP) install --constraint $< torch --index-url $(CPU_WHEELS); } && \
+		  $(PIP) install --constraint $< torch --extra-index-url $(CPU_WHEELS); } && \
 		cp $< $@; \
 	fi
 
