@@ -30,8 +30,11 @@ def native_pieces(segments: Segments) -> Iterator[tuple[slice, slice, bool]]:
     """Cuts segments into (rows, keys, causal) that are square and causal, or seen whole.
 
     Example:
-        >>> list(native_pieces(Segments([Segment(0, 4, 0, 3, 1)])))
-        [(slice(0, 2), slice(0, 1), False), (slice(0, 2), slice(1, 3), True), (slice(2, 4), slice(0, 3), False)]
+        >>> for rows, keys, causal in native_pieces(Segments([Segment(0, 4, 0, 3, 1)])):
+        ...     print(f"rows {rows.start}:{rows.stop} keys {keys.start}:{keys.stop} causal={causal}")
+        rows 0:2 keys 0:1 causal=False
+        rows 0:2 keys 1:3 causal=True
+        rows 2:4 keys 0:3 causal=False
     """
     for segment in segments:
         segment = segment.canonical()
@@ -84,17 +87,17 @@ class AtenKernel:
     def differentiate(self, dout, q, k, v, out, lse, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv of one piece, in the dtype of q, given the final out and lse."""
         if q.device.type == "cuda":
-            unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the random state, read with dropout only
+            seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # read with dropout only
             return aten._flash_attention_backward(
-                dout, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, unused, unused[:0], scale=scale
+                dout, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, seed, seed[:0], scale=scale
             )
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal, scale=scale
         )
-        return tuple(x.transpose(1, 2) for x in grads)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
-    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None):
+    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None) -> tuple[Tensor, Tensor]:
         out, lse = running or nothing_seen(q, v)
         for rows, keys, causal in native_pieces(segments):
             part = self.attend(q[:, rows], k[:, keys], v[:, keys], causal, scale)
@@ -135,9 +138,9 @@ class CudnnKernel(AtenKernel):
 
     def differentiate(self, dout, q, k, v, out, lse, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state, read with dropout only
-        grads = aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None,
+        seed = torch.empty((), dtype=torch.int64, device=q.device)  # read with dropout only
+        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None,
             q.shape[2], k.shape[2], 0.0, causal, scale=scale,
         )  # fmt: skip
-        return tuple(x.transpose(1, 2) for x in grads)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -43,7 +43,7 @@ class ReferenceKernel:
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None
 
-    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None):
+    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None) -> tuple[Tensor, Tensor]:
         out, lse = running or nothing_seen(q, v)
         visible = visible_pairs(segments, q.shape[1], k.shape[1], q.device)
         groups = k.shape[2]
@@ -70,7 +70,8 @@ class ReferenceKernel:
             dqs.append(ds @ k_B1MD)
             dks.append((ds.mT @ q_BRLD).sum(1, keepdim=True))
             dvs.append((p.mT @ dout_BRLE).sum(1, keepdim=True))
-        return tuple(
-            part if total is None else total.add_(part)
-            for total, part in zip((dq, dk, dv), (torch.cat(x, 1).transpose(1, 2) for x in (dqs, dks, dvs)), strict=True)
+        parts = (torch.cat(x, 1).transpose(1, 2) for x in (dqs, dks, dvs))
+        dq, dk, dv = (
+            part if total is None else total.add_(part) for total, part in zip((dq, dk, dv), parts, strict=True)
         )
+        return dq, dk, dv

@@ -12,7 +12,8 @@ from .reference import ReferenceKernel
 
 __all__ = ["KERNELS", "Choice", "choose_kernel"]
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (AtenKernel(), CudnnKernel(), ReferenceKernel())}
+ALL: tuple[Kernel, ...] = (AtenKernel(), CudnnKernel(), ReferenceKernel())
+KERNELS = {kernel.name: kernel for kernel in ALL}
 PREFERENCE = ("aten", "reference")
 
 

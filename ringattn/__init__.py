@@ -1,9 +1,9 @@
 """Sequence-parallel attention: exact attention over a sequence that is cut across GPUs.
 
-    cp = ringattn.ContextParallel(mesh["cp"])       # or a ProcessGroup, or None
-    ids, labels = cp.shard(ids), cp.shard(labels)   # this rank's tokens
-    positions = cp.positions(seq_len)               # their global positions
-    out = cp.attention(q, k, v, causal=True)        # (batch, tokens, heads, head_dim)
+cp = ringattn.ContextParallel(mesh["cp"])       # or a ProcessGroup, or None
+ids, labels = cp.shard(ids), cp.shard(labels)   # this rank's tokens
+positions = cp.positions(seq_len)               # their global positions
+out = cp.attention(q, k, v, causal=True)        # (batch, tokens, heads, head_dim)
 """
 
 from ringattn.agreement import RankDisagreement

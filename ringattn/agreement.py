@@ -8,36 +8,39 @@ collective of unequal calls would hang or give wrong numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from datetime import datetime
+import time
+from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringattn.ranks import Ranks
 
 __all__ = ["RankDisagreement", "agree"]
 
 Field = str | int | float | bool
+Record = dict[str, Field]
 
 
 class RankDisagreement(RuntimeError):
     """Ranks called with different configurations; nothing was computed."""
 
 
-def exchange_records(ranks: Ranks, record: Mapping[str, Field]) -> list[dict[str, Field]]:
+def exchange_records(ranks: Ranks, record: Record) -> list[Record]:
     """Every rank's record of this call, in rank order."""
-    store = dist.PrefixStore(f"ringattn/{ranks.group.group_name}/{ranks.calls}", dist.distributed_c10d._get_default_store())
+    assert ranks.group is not None
+    store = PrefixStore(f"ringattn/{ranks.group.group_name}/{ranks.calls}", _get_default_store())
     store.set(str(ranks.rank), json.dumps(record))
     keys = [str(rank) for rank in range(ranks.size)]
-    end = datetime.now() + ranks.deadline
+    end = time.monotonic() + ranks.deadline.total_seconds()
     for key in keys:
         try:
-            store.wait([key], max(end - datetime.now(), ranks.deadline / 100))
+            store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.1)))
         except dist.DistStoreError as error:
             raise RankDisagreement(
-                f"rank {ranks.rank} waited {ranks.deadline.total_seconds():g} s for rank {key}, which did not announce call "
-                f"{ranks.calls} of this group: it died, is late, or makes a call with a configuration that was used "
-                f"before, unlike this rank, whose is {dict(record)}"
+                f"rank {ranks.rank} waited {ranks.deadline.total_seconds():g} s for rank {key}, which did not announce "
+                f"call {ranks.calls} of this group: it died, is late, or makes a call with a configuration that all "
+                f"ranks agreed on before, unlike this rank, whose is {record}"
             ) from error
     records = [json.loads(store.get(key)) for key in keys]
     if store.add("read", 1) == ranks.size:  # the last reader tidies up: a store may outlive the group
@@ -60,12 +63,12 @@ def by_value(values: list[Field]) -> str:
     )
 
 
-def agree(ranks: Ranks, record: Mapping[str, Field], refusal: Exception | None) -> None:
-    """Compares configurations over all ranks; returns when they are equal and nobody refused.
+def agree(ranks: Ranks, record: Record, refusal: Exception | None) -> list[Record]:
+    """Compares configurations over all ranks; returns all records when they are equal and nobody refused.
 
     Args:
-        record: field names and values; every field must be equal on all ranks, but `tokens`, which adds up to the
-            field `seq_len`.
+        record: field names and values. Every field must be equal on all ranks but `tokens`, of which each rank has its
+            own.
         refusal: why this rank cannot take its inputs; it is raised here, and reported on all other ranks.
 
     Raises:
@@ -74,22 +77,27 @@ def agree(ranks: Ranks, record: Mapping[str, Field], refusal: Exception | None) 
     if ranks.size == 1:
         if refusal is not None:
             raise refusal
-        return
-    announced = {"refusal": f"{type(refusal).__name__}: {refusal}"} if refusal is not None else record
-    records = exchange_records(ranks, announced)
+        return [record]
+    records = exchange_records(ranks, {"refusal": f"{type(refusal).__name__}: {refusal}"} if refusal else record)
     if refusal is not None:
         raise refusal
-    refusals = [f"rank {rank} refused its inputs: {other['refusal']}" for rank, other in enumerate(records) if "refusal" in other]
+    refusals = [
+        f"rank {rank} refused its inputs: {other['refusal']}"
+        for rank, other in enumerate(records)
+        if "refusal" in other
+    ]
     if refusals:
-        raise RankDisagreement("; ".join(refusals))
+        raise RankDisagreement("nothing was computed, " + "; ".join(refusals))
     for field in record:
         values = [other.get(field, "nothing") for other in records]
         if field == "tokens" or len(set(values)) == 1:
             continue
-        advice = f"pass the same {field} on every rank"
         if field == "seq_len":
-            tokens = [other["tokens"] for other in records]
-            advice = f"the shards hold {tokens} tokens; pass seq_len={sum(map(int, tokens))} on every rank if they are one sequence"
+            tokens = sum(int(other["tokens"]) for other in records)
+            advice = f"the shards hold {tokens} tokens in all: if they are one sequence, pass seq_len={tokens}"
         elif field == "version":
             advice = "install the same ringattn on every rank"
+        else:
+            advice = f"make {field} the same on every rank"
         raise RankDisagreement(f"nothing was computed, ranks disagree: {field} is {by_value(values)}; {advice}")
+    return records

@@ -7,7 +7,7 @@ ring again. Tensors: q [B, L, H, D], k [B, L, G, D], v [B, L, G, E] with L this 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.agreement import agree
+from ringattn.checks import check_inputs, refuse_unsupported
 from ringattn.executors import ring
 from ringattn.executors.call import Call
 from ringattn.kernels.interface import accumulate_dtype, row_delta
@@ -27,92 +28,48 @@ from ringattn.version import __version__
 __all__ = ["EXECUTORS", "ring_attention"]
 
 EXECUTORS = {"ring": ring}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# What other attention functions accept and this one does not compute: name -> (values that ask for nothing, advice).
-UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "dropout_p": ((0, 0.0), "train without attention dropout"),
-    "attn_mask": ((None,), "masks are given by name: causal=True or False"),
-    "window_size": ((None, (-1, -1)), "sliding windows are not computed yet"),
-    "softcap": ((None, 0, 0.0), "apply the cap in a model of one rank, or leave it out"),
-    "alibi_slopes": ((None,), "use rotary positions: ContextParallel.positions gives them"),
-    "cu_seqlens": ((None,), "packed documents are not computed yet: pass one document a batch row"),
-}
 
 
-def refuse_unsupported(options: dict[str, Any]) -> None:
-    """Raises for options that would change the result and are not computed.
+class Settings(NamedTuple):
+    """What an operator is told besides tensors; equal on all ranks."""
 
-    Raises:
-        NotImplementedError: a known option with a value that asks for something.
-        TypeError: a name that nobody knows.
-    """
-    for name, value in options.items():
-        if name not in UNSUPPORTED:
-            raise TypeError(f"ring_attention() got an unexpected keyword argument {name!r}")
-        neutral, advice = UNSUPPORTED[name]
-        if not any(value is same or (not isinstance(value, Tensor) and value == same) for same in neutral):
-            raise NotImplementedError(f"got {name}={value!r}, which ring_attention does not compute: {advice}")
+    group: str
+    layout: str
+    seq_len: int
+    causal: bool
+    scale: float
+    kernel: str
+    executor: str
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
-    """Whether this rank can take part with these tensors; `tokens` is what the layout gives it.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: what was got, and what to do instead.
-    """
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"got {shapes}; need (batch, tokens, heads, head_dim) each")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"got dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast q, k and v to one dtype")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"got {q.dtype}; cast q, k and v to one of {', '.join(map(str, DTYPES))}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"got devices {q.device}, {k.device}, {v.device}; move q, k and v to one device")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"got {shapes}; the batch sizes must be equal")
-    if not q.shape[1] == k.shape[1] == v.shape[1]:
-        raise ValueError(f"got {shapes}; q, k and v must be shards of one sequence, equally many tokens each")
-    if k.shape[2] != v.shape[2] or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"got {shapes}; k and v must have equally many heads, and q a multiple of them")
-    if q.shape[3] != k.shape[3] or 0 in (q.shape[3], v.shape[3]):
-        raise ValueError(f"got {shapes}; q and k must have the same head dim, and none may be empty")
-    if q.shape[1] != tokens:
-        raise ValueError(f"got {q.shape[1]} tokens where the layout holds {tokens}; cut the sequence with ContextParallel.shard")
+SCHEMA = "str group, str layout, SymInt seq_len, bool causal, float scale, str kernel, str executor"
 
 
-def prepare(
-    q: Tensor, k: Tensor, v: Tensor, group: str, layout: str, seq_len: int, causal: bool, scale: float, kernel: str, executor: str
-) -> Call:
+def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
     """Turns an operator's arguments into a call, after all ranks have agreed on them if they are new."""
-    ranks = ranks_named(group)
+    ranks = ranks_named(settings.group)
     ranks.calls += 1
-    shapes = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
-    configuration = (shapes, layout, seq_len, causal, scale, kernel, executor)
+    configuration = settings, tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
     if configuration not in ranks.agreed:
-        agree_on(ranks, q, k, v, layout, seq_len, causal, scale, kernel, executor)
+        agree_on(ranks, q, k, v, settings)
         ranks.agreed.add(configuration)
-    chosen = choose_kernel(kernel, q, k, v).kernel
-    plan = make_plan(layout, seq_len, ranks.size, causal=causal)
-    return Call(plan, ranks.rank, chosen, scale, ranks.transport, ranks.buffers)
+    plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
+    kernel = choose_kernel(settings.kernel, q, k, v).kernel
+    return Call(plan, ranks.rank, kernel, settings.scale, ranks.transport, ranks.buffers)
 
 
-def agree_on(
-    ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, layout: str, seq_len: int, causal: bool, scale: float, kernel: str, executor: str
-) -> None:
+def agree_on(ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> None:
     """Checks a configuration here, and then against the other ranks'."""
     refusal, record = None, {}
     try:
-        tokens = make_layout(layout, seq_len, ranks.size).lengths[ranks.rank]
-        # Shards that do not add up are for all ranks together to judge, below: here each would blame itself.
-        check_inputs(q, k, v, tokens if ranks.size == 1 else q.shape[1] if q.dim() == 4 else 0)
+        check_inputs(q, k, v)
+        make_layout(settings.layout, settings.seq_len, ranks.size)
         record = {
             "version": __version__,
-            "layout": layout,
-            "seq_len": seq_len,
+            "layout": settings.layout,
+            "seq_len": settings.seq_len,
             "tokens": q.shape[1],
-            "causal": causal,
+            "causal": settings.causal,
             "batch": q.shape[0],
             "q_heads": q.shape[2],
             "kv_heads": k.shape[2],
@@ -120,28 +77,32 @@ def agree_on(
             "v_head_dim": v.shape[3],
             "dtype": str(q.dtype),
             "device": q.device.type,
-            "softmax_scale": scale,
-            "kernel": choose_kernel(kernel, q, k, v).kernel.name,
-            "executor": executor,
+            "softmax_scale": settings.scale,
+            "kernel": choose_kernel(settings.kernel, q, k, v).kernel.name,
+            "executor": settings.executor,
         }
     except (ValueError, TypeError, NotImplementedError) as error:
         refusal = error
-    agree(ranks, record, refusal)
-
-
-SCHEMA = "str group, str layout, SymInt seq_len, bool causal, float scale, str kernel, str executor"
+    records = agree(ranks, record, refusal)
+    held = tuple(other["tokens"] for other in records)
+    layout = make_layout(settings.layout, settings.seq_len, ranks.size)
+    if held != layout.lengths:
+        raise ValueError(
+            f"got shards of {held} tokens; layout {layout.name!r} of {layout.seq_len} tokens on {ranks.size} ranks has "
+            f"{layout.lengths}: cut the sequence with ContextParallel.shard and pass its length as seq_len"
+        )
 
 
 @torch.library.custom_op(
     "ringattn::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)"
 )
-def attention_forward(q, k, v, group, layout, seq_len, causal, scale, kernel, executor):
-    call = prepare(q, k, v, group, layout, seq_len, causal, scale, kernel, executor)
-    return EXECUTORS[executor].forward(call, q, k, v)
+def attention_forward(q, k, v, *settings):
+    settings = Settings(*settings)
+    return EXECUTORS[settings.executor].forward(prepare(q, k, v, settings), q, k, v)
 
 
 @attention_forward.register_fake
-def _(q, k, v, group, layout, seq_len, causal, scale, kernel, executor):
+def _(q, k, v, *settings):
     batch, rows, heads, _ = q.shape
     return q.new_empty(batch, rows, heads, v.shape[3]), q.new_empty((batch, heads, rows), dtype=accumulate_dtype(q))
 
@@ -149,10 +110,12 @@ def _(q, k, v, group, layout, seq_len, causal, scale, kernel, executor):
 @torch.library.custom_op(
     "ringattn::backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
-def attention_backward(dout, dlse, q, k, v, out, lse, group, layout, seq_len, causal, scale, kernel, executor):
-    call = prepare(q, k, v, group, layout, seq_len, causal, scale, kernel, executor)
+def attention_backward(dout, dlse, q, k, v, out, lse, *settings):
+    settings = Settings(*settings)
+    call = prepare(q, k, v, settings)
     delta = row_delta(dout, out)
     if dlse is not None:
         if not call.kernel.reads_delta:
@@ -160,17 +123,17 @@ def attention_backward(dout, dlse, q, k, v, out, lse, group, layout, seq_len, ca
                 f"kernel={call.kernel.name!r} cannot differentiate lse; use kernel='reference', or detach the lse"
             )
         delta -= dlse
-    grads = EXECUTORS[executor].backward(call, dout, q, k, v, out, lse, delta)
+    grads = EXECUTORS[settings.executor].backward(call, dout, q, k, v, out, lse, delta)
     return tuple(grad.to(q.dtype).contiguous() for grad in grads)
 
 
 @attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, group, layout, seq_len, causal, scale, kernel, executor):
+def _(dout, dlse, q, k, v, *rest):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, *ctx.arguments = inputs
+    q, k, v, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
 
@@ -178,7 +141,7 @@ def save_for_backward(ctx, inputs, output) -> None:
 def differentiate(ctx, dout, dlse):
     q, k, v, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    return *attention_backward(dout, dlse, q, k, v, out, lse, *ctx.arguments), *(None for _ in ctx.arguments)
+    return *attention_backward(dout, dlse, q, k, v, out, lse, *ctx.settings), *(None for _ in ctx.settings)
 
 
 attention_forward.register_autograd(differentiate, setup_context=save_for_backward)
@@ -233,8 +196,7 @@ def ring_attention(
     name = group_name(group)
     if seq_len is None:
         seq_len = q.shape[1] * ranks_named(name).size
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    executor = "ring" if executor == "auto" else executor
-    out, lse = attention_forward(q, k, v, name, layout, seq_len, causal, float(softmax_scale), kernel, executor)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    settings = Settings(name, layout, seq_len, causal, scale, kernel, "ring" if executor == "auto" else executor)
+    out, lse = attention_forward(q, k, v, *settings)
     return (out, lse) if return_lse else out

@@ -102,7 +102,9 @@ class Layout:
             ValueError: that dimension is not seq_len long.
         """
         if x.shape[dim] != self.seq_len:
-            raise ValueError(f"got {x.shape[dim]} tokens in dim {dim} of {tuple(x.shape)}, the layout has {self.seq_len}")
+            raise ValueError(
+                f"got {x.shape[dim]} tokens in dim {dim} of {tuple(x.shape)}, the layout has {self.seq_len}"
+            )
         return x.index_select(dim, self.positions(rank).to(x.device))
 
     def unshard(self, parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -114,8 +116,8 @@ class Layout:
         got = tuple(part.shape[dim] for part in parts)
         if got != self.lengths:
             raise ValueError(
-                f"got parts of {got} tokens in dim {dim}; layout {self.name!r} of {self.seq_len} tokens on {self.ranks} "
-                f"ranks has {self.lengths}: pass the seq_len that was sharded"
+                f"got parts of {got} tokens in dim {dim}; layout {self.name!r} of {self.seq_len} tokens on "
+                f"{self.ranks} ranks has {self.lengths}: pass the seq_len that was sharded"
             )
         order = torch.cat([self.positions(rank) for rank in range(self.ranks)]).argsort()
         return torch.cat(list(parts), dim).index_select(dim, order.to(parts[0].device))

@@ -32,8 +32,9 @@ class Plan:
         """What the queries of `rank` see of the keys of `source`, in positions within the two shards.
 
         Example:
-            >>> make_plan("zigzag", 8, 2, causal=True).segments(rank=0, source=1)  # tokens 0 1 6 7 look at 2 3 4 5
-            (Segment(q_start=2, q_len=2, k_start=0, k_len=2, offset=1), Segment(q_start=2, q_len=2, k_start=2, k_len=2, offset=1))
+            >>> # rank 0 holds tokens 0 1 6 7, rank 1 holds 2 3 4 5: the first two see none of these, the others all
+            >>> [tuple(segment) for segment in make_plan("zigzag", 8, 2, causal=True).segments(rank=0, source=1)]
+            [(2, 2, 0, 2, 1), (2, 2, 2, 2, 1)]
         """
         if (rank, source) not in self._segments:
             self._segments[rank, source] = self.mask.segments(self.layout.runs[rank], self.layout.runs[source])
@@ -87,9 +88,7 @@ class Plan:
     def tokens_sent(self, rank: int) -> int:
         """Tokens of keys and values that a rank passes on in the forward, its own and others'."""
         sources = ((rank - step) % self.ranks for step in range(self.ranks))
-        return sum(
-            self.layout.lengths[source] for step, source in enumerate(sources) if step < self.reach(source)
-        )
+        return sum(self.layout.lengths[source] for step, source in enumerate(sources) if step < self.reach(source))
 
     def bytes_sent(
         self, rank: int, *, kv_heads: int, head_dim: int, v_head_dim: int | None = None, itemsize: int, batch: int = 1

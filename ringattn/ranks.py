@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
 from ringattn.executors.call import Buffers
 from ringattn.transport.interface import Transport
@@ -50,11 +51,12 @@ def group_name(group: dist.ProcessGroup | DeviceMesh | None) -> str:
     """
     if group is None:
         group = dist.group.WORLD if dist.is_initialized() else None
-        return ALONE if group is None else group.group_name
+        if group is None:
+            return ALONE
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             names = group.mesh_dim_names or tuple(range(group.ndim))
-            raise ValueError(f"got a mesh of dimensions {names}; pass the one that shares a sequence: mesh[{names[-1]!r}]")
+            raise ValueError(f"got a mesh of dimensions {names}; pass one that shares a sequence: mesh[{names[-1]!r}]")
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"got group of type {type(group).__name__}; pass a ProcessGroup, a 1-D DeviceMesh or None")
@@ -65,7 +67,7 @@ def ranks_named(name: str) -> Ranks:
     """The ranks of a group by its name."""
     if name == ALONE:
         return _alone
-    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    group = _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
     if group not in _ranks:
         _ranks[group] = Ranks(group)
     return _ranks[group]

@@ -83,11 +83,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
     plan, rank = call.plan, call.rank
     ring = Neighbours(call, k, v)
     seeing = [step for step in range(plan.ranks) if plan.segments(rank, ring.source(step))]
-    if not seeing:
-        out, lse = nothing_seen(q, v)
-        running = out.to(q.dtype), lse
-    else:
-        running = None
+    running: Pair | None = None
     shard: Pair | None = (k.contiguous(), v.contiguous())
     for step in range(plan.ranks):
         sends, receives, arriving = ring.pass_shard(step, shard)
@@ -104,8 +100,16 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
             )
         wait()
         shard = arriving
-    assert running is not None
+    if running is None:
+        out, lse = nothing_seen(q, v)
+        return out.to(q.dtype), lse
     return running
+
+
+def add(total: Pair | None, part: Pair) -> Pair:
+    if total is None:
+        return part[0].contiguous(), part[1].contiguous()
+    return total[0].add_(part[0]), total[1].add_(part[1])
 
 
 def backward(
@@ -122,7 +126,7 @@ def backward(
     plan, rank = call.plan, call.rank
     ring = Neighbours(call, k, v)
     dtype = accumulate_dtype(q)
-    dq = None
+    dq: Tensor | None = None
     shard: Pair | None = (k.contiguous(), v.contiguous())
     gathered: Pair | None = None  # gradients of the shard of the step before, all ranks so far
     home: Pair = k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
@@ -139,22 +143,16 @@ def backward(
         if 0 < plan.reach(rank) == step - 1:
             receives += [Message(x, (rank + step - 1) % plan.ranks) for x in home]
         wait = ring.exchange(sends, receives)
-        partial: Pair | None = None
+        part: Pair | None = None
         if step < plan.ranks and (step == 0 or plan.segments(rank, source)):
             assert shard is not None
-            dq, *partial = call.kernel.backward(
-                dout, q, *shard, out, lse, delta, plan.segments(rank, source), scale=call.scale, dq=dq
-            )
+            segments = plan.segments(rank, source)
+            dq, dk, dv = call.kernel.backward(dout, q, *shard, out, lse, delta, segments, scale=call.scale, dq=dq)
+            part = dk, dv
         wait()
         shard = arriving
-        if step == 0:
-            gathered = tuple(x.contiguous() for x in partial)
-            if plan.reach(rank) == 0:
-                home, gathered = gathered, None
-        else:
-            if joining is not None and partial is not None:
-                for total, part in zip(joining, partial, strict=True):
-                    total.add_(part)
-            gathered = joining
+        gathered = joining if part is None else add(joining, part)
+        if step == 0 and plan.reach(rank) == 0 and gathered is not None:
+            home, gathered = gathered, None  # nobody else looks at this shard
     assert dq is not None
     return dq, *home

@@ -1,0 +1,77 @@
+"""Many ranks for a test: real processes and a real backend, started in a fraction of a second.
+
+A fork server that has torch imported already forks each rank. A worker body is a module-level function
+`work(rank, *arguments)`; it asserts, and returns plain values. The first rank to fail is the one shown.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["ringattn", "ringattn.kernels.registry", "tests.gang"])
+
+
+def run_ranks(ranks: int, work: Callable[..., Any], *arguments: Any, backend: str = "gloo", timeout: float = 60) -> list:
+    """Runs `work` on every rank of a fresh process group and returns what each rank returned, in rank order."""
+    results = processes.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = Path(folder) / "store"
+        gang = [
+            processes.Process(target=_rank, args=(rank, ranks, backend, str(meeting), timeout, results, work, arguments))
+            for rank in range(ranks)
+        ]
+        for process in gang:
+            process.start()
+        try:
+            return _collect(ranks, gang, results, time.monotonic() + timeout)
+        finally:
+            for process in gang:
+                process.kill()
+                process.join()
+
+
+def _collect(ranks: int, gang: list, results: Any, end: float) -> list:
+    returned = {}
+    while len(returned) < ranks:
+        try:
+            rank, failure, value = results.get(timeout=0.5)
+        except queue.Empty:
+            dead = [rank for rank, process in enumerate(gang) if process.exitcode and rank not in returned]
+            if dead:
+                raise AssertionError(f"rank {dead[0]} died with exit code {gang[dead[0]].exitcode}") from None
+            if time.monotonic() > end:
+                missing = sorted(set(range(ranks)) - returned.keys())
+                raise AssertionError(f"ranks {missing} did not finish in time") from None
+            continue
+        if failure:
+            raise AssertionError(f"rank {rank} failed first:\n{failure}")
+        returned[rank] = value
+    return [returned[rank] for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, backend: str, meeting: str, timeout: float, results: Any, work, arguments) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    try:
+        dist.init_process_group(
+            backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+        )
+        value = work(rank, *arguments)
+        results.put((rank, None, value))
+        dist.barrier()  # a rank that leaves early takes its connections with it
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))

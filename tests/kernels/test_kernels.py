@@ -1,0 +1,87 @@
+"""Every kernel that runs here against the specification, over random lists of segments."""
+
+import random
+
+import pytest
+import torch
+
+from ringattn.kernels.interface import row_delta
+from ringattn.kernels.reference import ReferenceKernel
+from ringattn.kernels.registry import KERNELS, choose_kernel
+from ringattn.kernels.segments import Segment, Segments
+from tests.oracle import Case, Inputs, assert_close, make_inputs, run_kernel
+
+CPU = [name for name, kernel in KERNELS.items() if not kernel.refuses(*torch.zeros(3, 1, 1, 1, 8))]
+
+
+def cut(rows: int, keys: int, draw: random.Random) -> Segments:
+    """A grid of segments that do not overlap, some of them missing, each with an offset of its own, shuffled."""
+    row_cuts = sorted({0, rows, *draw.sample(range(rows), min(rows, 2))})
+    key_cuts = sorted({0, keys, *draw.sample(range(keys), min(keys, 2))})
+    grid = [
+        Segment(q0, q1 - q0, k0, k1 - k0, draw.randint(-(q1 - q0), k1 - k0))
+        for q0, q1 in zip(row_cuts, row_cuts[1:], strict=False)
+        for k0, k1 in zip(key_cuts, key_cuts[1:], strict=False)
+        if draw.random() < 0.8
+    ]
+    draw.shuffle(grid)
+    return Segments(grid)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CPU)
+def test_random_segments(name, dtype, seed):
+    draw = random.Random(seed)
+    rows, keys = draw.randint(1, 40), draw.randint(1, 40)
+    q_heads, kv_heads = draw.choice([(4, 4), (4, 2), (4, 1)])
+    case = Case(rows, draw.randint(1, 2), q_heads, kv_heads, dtype=dtype)
+    q, _, _, dout = make_inputs(case, seed)
+    _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1)
+    inputs = Inputs(q, k, v, dout)
+    segments = cut(rows, keys, draw)
+    expected = run_kernel(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), segments, 0.3)
+    baseline = run_kernel(ReferenceKernel(), inputs, segments, 0.3)
+    got = run_kernel(KERNELS[name], inputs, segments, 0.3)
+    assert_close(got, expected, baseline)
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_a_row_that_sees_nothing_gets_zero(name):
+    q, k, v, dout = make_inputs(Case(6, dtype=torch.float32), seed=0)
+    segments = Segments([Segment(2, 2, 0, 6, 5)])
+    out, lse = KERNELS[name].forward(q, k, v, segments, scale=0.5)
+    blind = [0, 1, 4, 5]
+    assert (out[:, blind] == 0).all()
+    assert (lse[:, :, blind] == -torch.inf).all()
+    grads = KERNELS[name].backward(dout, q, k, v, out, lse, row_delta(dout, out), segments, scale=0.5)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][:, blind] == 0).all()
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_gradients_add_to_what_is_there(name):
+    q, k, v, dout = make_inputs(Case(6, dtype=torch.float32), seed=0)
+    segments = Segments([Segment(0, 6, 0, 6, 0)])
+    out, lse = KERNELS[name].forward(q, k, v, segments, scale=0.5)
+    arguments = (dout, q, k, v, out, lse, row_delta(dout, out), segments)
+    fresh = KERNELS[name].backward(*arguments, scale=0.5)
+    totals = tuple(torch.ones_like(x) for x in fresh)
+    added = KERNELS[name].backward(*arguments, scale=0.5, dq=totals[0], dk=totals[1], dv=totals[2])
+    for total, result, part in zip(totals, added, fresh, strict=True):
+        assert result is total
+        torch.testing.assert_close(result, part + 1)
+
+
+def test_an_explicit_kernel_never_falls_back():
+    q, k, v = torch.zeros(3, 1, 4, 2, 8)
+    assert choose_kernel("auto", q, k, v).kernel.name == "aten"
+    with pytest.raises(NotImplementedError, match="kernel='cudnn' cannot take these inputs: cuDNN runs on CUDA"):
+        choose_kernel("cudnn", q, k, v)
+    with pytest.raises(NotImplementedError, match="head dims differ"):
+        choose_kernel("aten", q, k, v[..., :4])
+    choice = choose_kernel("auto", q, k, v[..., :4])
+    assert choice.kernel.name == "reference"
+    assert "aten refused: head dims differ" in choice.reason
+    with pytest.raises(ValueError, match="got kernel='flash'; choose one of auto"):
+        choose_kernel("flash", q, k, v)

@@ -1,0 +1,80 @@
+"""The ring against fp64 for every layout, ring size, head count, mask, length, batch and dtype, all ranks in one process."""
+
+import itertools
+
+import pytest
+import torch
+
+from ringattn.executors import ring
+from ringattn.executors.call import Buffers, Call
+from ringattn.kernels.interface import row_delta
+from ringattn.kernels.registry import KERNELS
+from ringattn.layout import LAYOUTS
+from ringattn.plan import Plan, make_plan
+from ringattn.transport.simulated import simulate
+from tests.oracle import Case, Inputs, Result, assert_close, exact, make_inputs, one_rank
+
+HEADS = [(4, 4), (4, 1), (8, 2)]
+
+
+def through_the_ring(plan: Plan, kernel: str, case: Case, inputs: Inputs) -> Result:
+    def work(rank, transport):
+        call = Call(plan, rank, KERNELS[kernel], case.head_dim**-0.5, transport, Buffers())
+        q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
+        out, lse = ring.forward(call, q, k, v)
+        grads = ring.backward(call, dout, q, k, v, out, lse, row_delta(dout, out))
+        return Result(out, *(grad.to(q.dtype) for grad in grads))
+
+    parts = simulate(plan.ranks, work)
+    return Result(*(plan.layout.unshard(shards, 1) for shards in zip(*parts, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outputs_and_gradients_equal_one_rank(layout, ranks, dtype):
+    shapes = itertools.product(HEADS, (True, False), ((100, 1), (67, 3), (96, 1)))
+    for seed, ((q_heads, kv_heads), causal, (seq_len, batch)) in enumerate(shapes):
+        case = Case(seq_len, batch, q_heads, kv_heads, causal=causal, dtype=dtype)
+        inputs = make_inputs(case, seed)
+        plan = make_plan(layout, seq_len, ranks, causal=causal)
+        got = through_the_ring(plan, "aten", case, inputs)
+        assert_close(got, exact(case, inputs), one_rank(KERNELS["aten"], case, inputs))
+
+
+@pytest.mark.parametrize("kernel", ["aten", "reference"])
+@pytest.mark.parametrize("seq_len", [0, 1, 3, 5, 1000])
+def test_short_and_odd_lengths(kernel, seq_len):
+    """Fewer tokens than ranks leave ranks empty; 1000 over 3 does not divide."""
+    for layout, ranks, causal in itertools.product(LAYOUTS, (3, 8) if seq_len < 8 else (3,), (True, False)):
+        case = Case(seq_len, 1, 2, 1, 8, causal)
+        inputs = make_inputs(case, seq_len)
+        got = through_the_ring(make_plan(layout, seq_len, ranks, causal=causal), kernel, case, inputs)
+        assert_close(got, exact(case, inputs), one_rank(KERNELS[kernel], case, inputs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_are_bit_equal_from_run_to_run(layout):
+    case = Case(90, 2, 4, 2, dtype=torch.float32)
+    plan = make_plan(layout, 90, 4, causal=True)
+    inputs = make_inputs(case, 0)
+    first, second = (through_the_ring(plan, "aten", case, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_memory_does_not_grow_with_the_ring(ranks):
+    """Four shards' worth of keys and values, two of them fp32 gradients, whatever the ring size."""
+    tokens, heads, head_dim = 16, 2, 8
+    plan = make_plan("zigzag", tokens * ranks, ranks, causal=True)
+    pools = [Buffers() for _ in range(ranks)]
+
+    def work(rank, transport):
+        call = Call(plan, rank, KERNELS["reference"], 1.0, transport, pools[rank])
+        q, k, v, dout = torch.randn(4, 1, tokens, heads, head_dim)
+        out, lse = ring.forward(call, q, k, v)
+        ring.backward(call, dout, q, k, v, out, lse, row_delta(dout, out))
+
+    simulate(ranks, work)
+    shard = 2 * tokens * heads * head_dim * 4
+    assert all(pool.nbytes <= 4 * shard for pool in pools)
