@@ -58,7 +58,7 @@ def some(steps: Iterable[int], count: int = 12) -> list[int]:
 
     Example:
         >>> some(range(1, 101), 5)
-        [1, 26, 50, 75, 100]
+        [1, 26, 51, 75, 100]
     """
     steps = list(steps)
     if len(steps) <= count:
