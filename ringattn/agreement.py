@@ -36,7 +36,7 @@ def exchange_records(ranks: Ranks, record: Record) -> list[Record]:
     for key in keys:
         try:
             store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.1)))
-        except dist.DistStoreError as error:
+        except RuntimeError as error:  # not every store raises DistStoreError
             raise RankDisagreement(
                 f"rank {ranks.rank} waited {ranks.deadline.total_seconds():g} s for rank {key}, which did not announce "
                 f"call {ranks.calls} of this group: it died, is late, or makes a call with a configuration that all "

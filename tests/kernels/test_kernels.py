@@ -1,5 +1,6 @@
 """Every kernel that runs here against the specification, over random lists of segments."""
 
+import itertools
 import random
 
 import pytest
@@ -20,8 +21,8 @@ def cut(rows: int, keys: int, draw: random.Random) -> Segments:
     key_cuts = sorted({0, keys, *draw.sample(range(keys), min(keys, 2))})
     grid = [
         Segment(q0, q1 - q0, k0, k1 - k0, draw.randint(-(q1 - q0), k1 - k0))
-        for q0, q1 in zip(row_cuts, row_cuts[1:], strict=False)
-        for k0, k1 in zip(key_cuts, key_cuts[1:], strict=False)
+        for q0, q1 in itertools.pairwise(row_cuts)
+        for k0, k1 in itertools.pairwise(key_cuts)
         if draw.random() < 0.8
     ]
     draw.shuffle(grid)

@@ -1,4 +1,4 @@
-"""The ring against fp64 for every layout, ring size, head count, mask, length, batch and dtype, all ranks in one process."""
+"""The ring against fp64 for every layout, ring size, head count, mask, length and dtype, all ranks in one process."""
 
 import itertools
 
