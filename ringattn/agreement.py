@@ -11,7 +11,6 @@ import json
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringattn.ranks import Ranks

@@ -10,7 +10,8 @@ from ringattn.kernels.interface import row_delta
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.registry import KERNELS, choose_kernel
 from ringattn.kernels.segments import Segment, Segments
-from tests.oracle import Case, Inputs, assert_close, make_inputs, run_kernel
+from ringattn.launch.oracle import Case, Inputs, attend, make_inputs
+from tests.tolerance import assert_close
 
 CPU = [name for name, kernel in KERNELS.items() if not kernel.refuses(*torch.zeros(3, 1, 1, 1, 8))]
 
@@ -41,9 +42,9 @@ def test_random_segments(name, dtype, seed):
     _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1)
     inputs = Inputs(q, k, v, dout)
     segments = cut(rows, keys, draw)
-    expected = run_kernel(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), segments, 0.3)
-    baseline = run_kernel(ReferenceKernel(), inputs, segments, 0.3)
-    got = run_kernel(KERNELS[name], inputs, segments, 0.3)
+    expected = attend(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), segments, 0.3)
+    baseline = attend(ReferenceKernel(), inputs, segments, 0.3)
+    got = attend(KERNELS[name], inputs, segments, 0.3)
     assert_close(got, expected, baseline)
 
 

@@ -10,29 +10,22 @@ from torch.utils.checkpoint import checkpoint
 
 import ringattn
 from ringattn.kernels.registry import KERNELS
+from ringattn.launch.oracle import Case, Result, attend_across_ranks, attend_on_one_rank, exact, make_inputs
 from ringattn.layout import LAYOUTS
 from tests.gang import run_ranks
-from tests.oracle import Case, Inputs, Result, assert_close, exact, make_inputs, one_rank
+from tests.tolerance import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = list(itertools.product(LAYOUTS, [(4, 4), (4, 1), (8, 2)], (True, False), (331, 96, 7, 2), (1, 3), DTYPES))
-
-
-def attend(cp: ringattn.ContextParallel, case: Case, inputs: Inputs) -> Result:
-    """Shard, attend, differentiate, unshard: what a user does."""
-    q, k, v = (cp.shard(x).requires_grad_() for x in inputs[:3])
-    out = cp.attention(q, k, v, causal=case.causal, seq_len=case.seq_len)
-    grads = torch.autograd.grad(out, (q, k, v), cp.shard(inputs.dout))
-    return Result(*(cp.unshard(x.detach(), seq_len=case.seq_len) for x in (out, *grads)))
 
 
 def check_cases(rank: int, cases: list) -> None:
     for layout, (q_heads, kv_heads), causal, seq_len, batch, dtype in cases:
         case = Case(seq_len, batch, q_heads, kv_heads, 8, causal, dtype)
         inputs = make_inputs(case, seed=seq_len)
-        got = attend(ringattn.ContextParallel(layout=layout), case, inputs)
+        got = attend_across_ranks(ringattn.ContextParallel(layout=layout), case, inputs)
         if rank == 0:
-            assert_close(got, exact(case, inputs), one_rank(KERNELS["aten"], case, inputs))
+            assert_close(got, exact(case, inputs), attend_on_one_rank(KERNELS["aten"], case, inputs))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
@@ -79,7 +72,7 @@ def attend_in_subgroups(rank: int) -> None:
         assert (cp.size, cp.rank) == (2, rank % 2)
         case = Case(13, 1, 4, 2)
         inputs = make_inputs(case, seed=rank // 2)
-        assert_close(attend(cp, case, inputs), exact(case, inputs), exact(case, inputs))
+        assert_close(attend_across_ranks(cp, case, inputs), exact(case, inputs), exact(case, inputs))
 
 
 def test_groups_and_meshes():
