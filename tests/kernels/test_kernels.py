@@ -30,22 +30,26 @@ def cut(rows: int, keys: int, draw: random.Random) -> Segments:
     return Segments(grid)
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CPU)
-def test_random_segments(name, dtype, seed):
+def against_the_specification(kernel: str, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
     draw = random.Random(seed)
     rows, keys = draw.randint(1, 40), draw.randint(1, 40)
     q_heads, kv_heads = draw.choice([(4, 4), (4, 2), (4, 1)])
     case = Case(rows, draw.randint(1, 2), q_heads, kv_heads, dtype=dtype)
-    q, _, _, dout = make_inputs(case, seed)
-    _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1)
+    q, _, _, dout = make_inputs(case, seed, device)
+    _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1, device)
     inputs = Inputs(q, k, v, dout)
     segments = cut(rows, keys, draw)
     expected = attend(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), segments, 0.3)
     baseline = attend(ReferenceKernel(), inputs, segments, 0.3)
-    got = attend(KERNELS[name], inputs, segments, 0.3)
+    got = attend(KERNELS[kernel], inputs, segments, 0.3)
     assert_close(got, expected, baseline)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CPU)
+def test_random_segments(name, dtype, seed):
+    against_the_specification(name, dtype, seed)
 
 
 @pytest.mark.parametrize("name", CPU)

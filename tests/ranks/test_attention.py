@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
-from ringattn.kernels.registry import KERNELS
+from ringattn.kernels.registry import choose_kernel
 from ringattn.launch.oracle import Case, Result, attend_across_ranks, attend_on_one_rank, exact, make_inputs
 from ringattn.layout import LAYOUTS
 from tests.gang import run_ranks
@@ -19,13 +19,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = list(itertools.product(LAYOUTS, [(4, 4), (4, 1), (8, 2)], (True, False), (331, 96, 7, 2), (1, 3), DTYPES))
 
 
-def check_cases(rank: int, cases: list) -> None:
+def check_cases(rank: int, cases: list, device: str = "cpu") -> None:
     for layout, (q_heads, kv_heads), causal, seq_len, batch, dtype in cases:
-        case = Case(seq_len, batch, q_heads, kv_heads, 8, causal, dtype)
-        inputs = make_inputs(case, seed=seq_len)
-        got = attend_across_ranks(ringattn.ContextParallel(layout=layout), case, inputs)
+        case = Case(seq_len, batch, q_heads, kv_heads, 16, causal, dtype)
+        inputs = make_inputs(case, seq_len, device)
+        cp = ringattn.ContextParallel(layout=layout)
+        got = attend_across_ranks(cp, case, inputs)
         if rank == 0:
-            assert_close(got, exact(case, inputs), attend_on_one_rank(KERNELS["aten"], case, inputs))
+            kernel = choose_kernel(cp.kernel, *inputs[:3]).kernel
+            assert_close(got, exact(case, inputs), attend_on_one_rank(kernel, case, inputs))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
