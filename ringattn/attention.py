@@ -54,6 +54,8 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
     configuration = settings, tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
     if configuration not in ranks.agreed:
         agree_on(ranks, q, k, v, settings)
+        if ranks.transport is not None:
+            ranks.transport.connect(q.device)
         ranks.agreed.add(configuration)
     plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
     kernel = choose_kernel(settings.kernel, q, k, v).kernel
