@@ -11,7 +11,6 @@ import json
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringattn.ranks import Ranks
@@ -36,7 +35,7 @@ def exchange_records(ranks: Ranks, record: Record) -> list[Record]:
     for key in keys:
         try:
             store.wait([key], timedelta(seconds=max(end - time.monotonic(), 0.1)))
-        except dist.DistStoreError as error:
+        except RuntimeError as error:  # not every store raises DistStoreError
             raise RankDisagreement(
                 f"rank {ranks.rank} waited {ranks.deadline.total_seconds():g} s for rank {key}, which did not announce "
                 f"call {ranks.calls} of this group: it died, is late, or makes a call with a configuration that all "

@@ -35,23 +35,27 @@ class Settings(NamedTuple):
 
     group: str
     layout: str
-    seq_len: int
+    seq_len: int | None  # None: as many tokens as here on every rank
     causal: bool
     scale: float
     kernel: str
     executor: str
 
 
-SCHEMA = "str group, str layout, SymInt seq_len, bool causal, float scale, str kernel, str executor"
+SCHEMA = "str group, str layout, SymInt? seq_len, bool causal, float scale, str kernel, str executor"
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
     """Turns an operator's arguments into a call, after all ranks have agreed on them if they are new."""
     ranks = ranks_named(settings.group)
     ranks.calls += 1
+    if settings.seq_len is None:
+        settings = settings._replace(seq_len=q.shape[1] * ranks.size)
     configuration = settings, tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
     if configuration not in ranks.agreed:
         agree_on(ranks, q, k, v, settings)
+        if ranks.transport is not None:
+            ranks.transport.connect(q.device)
         ranks.agreed.add(configuration)
     plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
     kernel = choose_kernel(settings.kernel, q, k, v).kernel
@@ -193,10 +197,8 @@ def ring_attention(
     refuse_unsupported(unsupported)
     if executor not in ("auto", *EXECUTORS):
         raise ValueError(f"got executor={executor!r}; choose one of {', '.join(('auto', *EXECUTORS))}")
-    name = group_name(group)
-    if seq_len is None:
-        seq_len = q.shape[1] * ranks_named(name).size
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    settings = Settings(name, layout, seq_len, causal, scale, kernel, "ring" if executor == "auto" else executor)
+    executor = "ring" if executor == "auto" else executor
+    settings = Settings(group_name(group), layout, seq_len, causal, scale, kernel, executor)
     out, lse = attention_forward(q, k, v, *settings)
     return (out, lse) if return_lse else out

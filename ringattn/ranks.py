@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
 from ringattn.executors.call import Buffers
-from ringattn.transport.interface import Transport
 from ringattn.transport.p2p import P2PTransport
 
 __all__ = ["ALONE", "Ranks", "group_name", "ranks_named"]
@@ -29,7 +28,7 @@ class Ranks:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.deadline = DEADLINE
-        self.transport: Transport | None = P2PTransport(group, DEADLINE) if group is not None else None
+        self.transport = P2PTransport(group, DEADLINE) if group is not None else None
         self.buffers = Buffers()
         self.calls = 0  # attention calls so far, the same number on every rank
         self.agreed: set[Hashable] = set()

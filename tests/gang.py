@@ -20,22 +20,32 @@ import torch
 import torch.distributed as dist
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["ringattn", "ringattn.kernels.registry", "tests.gang"])
+processes.set_forkserver_preload(
+    ["torch._dynamo", "ringattn", "tests.gang", "pytest"]
+)  # dynamo: seconds, at the first operator
 
 
-def run_ranks(ranks: int, work: Callable[..., Any], *arguments: Any, backend: str = "gloo", timeout: float = 60) -> list:
+def run_ranks(
+    ranks: int, work: Callable[..., Any], *arguments: Any, backend: str = "gloo", timeout: float = 60
+) -> list:
     """Runs `work` on every rank of a fresh process group and returns what each rank returned, in rank order."""
-    results = processes.Queue()
+    results, leave = processes.Queue(), processes.Event()
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "store"
         gang = [
-            processes.Process(target=_rank, args=(rank, ranks, backend, str(meeting), timeout, results, work, arguments))
+            processes.Process(
+                target=_rank, args=(rank, ranks, backend, str(meeting), timeout, results, leave, work, arguments)
+            )
             for rank in range(ranks)
         ]
         for process in gang:
             process.start()
         try:
-            return _collect(ranks, gang, results, time.monotonic() + timeout)
+            returned = _collect(ranks, gang, results, time.monotonic() + timeout)
+            leave.set()
+            for process in gang:
+                process.join(timeout=5)
+            return returned
         finally:
             for process in gang:
                 process.kill()
@@ -61,7 +71,9 @@ def _collect(ranks: int, gang: list, results: Any, end: float) -> list:
     return [returned[rank] for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, backend: str, meeting: str, timeout: float, results: Any, work, arguments) -> None:
+def _rank(
+    rank: int, ranks: int, backend: str, meeting: str, timeout: float, results: Any, leave: Any, work, arguments
+) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -71,7 +83,7 @@ def _rank(rank: int, ranks: int, backend: str, meeting: str, timeout: float, res
         )
         value = work(rank, *arguments)
         results.put((rank, None, value))
-        dist.barrier()  # a rank that leaves early takes its connections with it
+        leave.wait(timeout)  # a rank that leaves early takes its connections with it
         dist.destroy_process_group()
     except BaseException:
         results.put((rank, traceback.format_exc(), None))

@@ -20,6 +20,14 @@ class P2PTransport:
         self.group = group
         self.rank = dist.get_rank(group)
         self.deadline = deadline
+        self.connected = False
+
+    def connect(self, device: torch.device) -> None:
+        """Makes NCCL's communicator, once. All ranks must join in that, and in the first exchange of a sequence a
+        rank with an empty shard has nothing to say."""
+        if device.type == "cuda" and not self.connected:
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+        self.connected = True
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
         """See `Transport.exchange`."""

@@ -1,5 +1,6 @@
 """Every kernel that runs here against the specification, over random lists of segments."""
 
+import itertools
 import random
 
 import pytest
@@ -9,7 +10,8 @@ from ringattn.kernels.interface import row_delta
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.registry import KERNELS, choose_kernel
 from ringattn.kernels.segments import Segment, Segments
-from tests.oracle import Case, Inputs, assert_close, make_inputs, run_kernel
+from ringattn.launch.oracle import Case, Inputs, attend, make_inputs
+from tests.tolerance import assert_close
 
 CPU = [name for name, kernel in KERNELS.items() if not kernel.refuses(*torch.zeros(3, 1, 1, 1, 8))]
 
@@ -20,30 +22,34 @@ def cut(rows: int, keys: int, draw: random.Random) -> Segments:
     key_cuts = sorted({0, keys, *draw.sample(range(keys), min(keys, 2))})
     grid = [
         Segment(q0, q1 - q0, k0, k1 - k0, draw.randint(-(q1 - q0), k1 - k0))
-        for q0, q1 in zip(row_cuts, row_cuts[1:], strict=False)
-        for k0, k1 in zip(key_cuts, key_cuts[1:], strict=False)
+        for q0, q1 in itertools.pairwise(row_cuts)
+        for k0, k1 in itertools.pairwise(key_cuts)
         if draw.random() < 0.8
     ]
     draw.shuffle(grid)
     return Segments(grid)
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CPU)
-def test_random_segments(name, dtype, seed):
+def against_the_specification(kernel: str, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
     draw = random.Random(seed)
     rows, keys = draw.randint(1, 40), draw.randint(1, 40)
     q_heads, kv_heads = draw.choice([(4, 4), (4, 2), (4, 1)])
     case = Case(rows, draw.randint(1, 2), q_heads, kv_heads, dtype=dtype)
-    q, _, _, dout = make_inputs(case, seed)
-    _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1)
+    q, _, _, dout = make_inputs(case, seed, device)
+    _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1, device)
     inputs = Inputs(q, k, v, dout)
     segments = cut(rows, keys, draw)
-    expected = run_kernel(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), segments, 0.3)
-    baseline = run_kernel(ReferenceKernel(), inputs, segments, 0.3)
-    got = run_kernel(KERNELS[name], inputs, segments, 0.3)
+    expected = attend(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), segments, 0.3)
+    baseline = attend(ReferenceKernel(), inputs, segments, 0.3)
+    got = attend(KERNELS[kernel], inputs, segments, 0.3)
     assert_close(got, expected, baseline)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CPU)
+def test_random_segments(name, dtype, seed):
+    against_the_specification(name, dtype, seed)
 
 
 @pytest.mark.parametrize("name", CPU)

@@ -8,7 +8,7 @@ from ringattn.kernels.interface import nothing_seen
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.segments import Segment, Segments
-from tests.oracle import Case, make_inputs
+from ringattn.launch.oracle import Case, make_inputs
 
 
 def test_any_order_of_pieces_gives_the_whole():

@@ -17,7 +17,9 @@ def test_segments_say_who_sees_whom(layout, ranks, seq_len, causal):
     plan = make_plan(layout, seq_len, ranks, causal=causal)
     for rank, source in itertools.product(range(ranks), repeat=2):
         queries, keys = plan.layout.positions(rank), plan.layout.positions(source)
-        expected = keys[None, :] <= queries[:, None] if causal else torch.ones(len(queries), len(keys), dtype=torch.bool)
+        expected = (
+            keys[None, :] <= queries[:, None] if causal else torch.ones(len(queries), len(keys), dtype=torch.bool)
+        )
         segments = plan.segments(rank, source)
         assert torch.equal(visible_pairs(segments, len(queries), len(keys)), expected)
         assert sum(segment.pairs for segment in segments) == expected.sum(), "no pair is listed twice"

@@ -1,4 +1,4 @@
-"""The ring against fp64 for every layout, ring size, head count, mask, length, batch and dtype, all ranks in one process."""
+"""The ring against fp64 for every layout, ring size, head count, mask, length and dtype, all ranks in one process."""
 
 import itertools
 
@@ -9,10 +9,11 @@ from ringattn.executors import ring
 from ringattn.executors.call import Buffers, Call
 from ringattn.kernels.interface import row_delta
 from ringattn.kernels.registry import KERNELS
+from ringattn.launch.oracle import Case, Inputs, Result, attend_on_one_rank, exact, make_inputs
 from ringattn.layout import LAYOUTS
 from ringattn.plan import Plan, make_plan
 from ringattn.transport.simulated import simulate
-from tests.oracle import Case, Inputs, Result, assert_close, exact, make_inputs, one_rank
+from tests.tolerance import assert_close
 
 HEADS = [(4, 4), (4, 1), (8, 2)]
 
@@ -39,7 +40,7 @@ def test_outputs_and_gradients_equal_one_rank(layout, ranks, dtype):
         inputs = make_inputs(case, seed)
         plan = make_plan(layout, seq_len, ranks, causal=causal)
         got = through_the_ring(plan, "aten", case, inputs)
-        assert_close(got, exact(case, inputs), one_rank(KERNELS["aten"], case, inputs))
+        assert_close(got, exact(case, inputs), attend_on_one_rank(KERNELS["aten"], case, inputs))
 
 
 @pytest.mark.parametrize("kernel", ["aten", "reference"])
@@ -50,7 +51,7 @@ def test_short_and_odd_lengths(kernel, seq_len):
         case = Case(seq_len, 1, 2, 1, 8, causal)
         inputs = make_inputs(case, seq_len)
         got = through_the_ring(make_plan(layout, seq_len, ranks, causal=causal), kernel, case, inputs)
-        assert_close(got, exact(case, inputs), one_rank(KERNELS[kernel], case, inputs))
+        assert_close(got, exact(case, inputs), attend_on_one_rank(KERNELS[kernel], case, inputs))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,96 @@
+"""Ranks that disagree all raise, within seconds, and say who differs in what."""
+
+import inspect
+import re
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+import ringattn
+from ringattn import attention, ranks
+from tests.gang import run_ranks
+
+
+def tensors(tokens=4, q_heads=4, kv_heads=2, head_dim=8, v_head_dim=8, batch=1, dtype=torch.float32):
+    shapes = [(q_heads, head_dim), (kv_heads, head_dim), (kv_heads, v_head_dim)]
+    return [torch.zeros(batch, tokens, heads, dim, dtype=dtype) for heads, dim in shapes]
+
+
+TENSOR_FIELDS = tuple(inspect.signature(tensors).parameters)
+DISAGREEMENTS = [
+    ({"version": "9.9"}, "version is '0.1.0' on rank 0, 2 and '9.9' on rank 1; install the same ringattn"),
+    ({"layout": "striped"}, "layout is 'zigzag' on rank 0, 2 and 'striped' on rank 1; make layout the same"),
+    ({"seq_len": 13}, "seq_len is 12 on rank 0, 2 and 13 on rank 1; the shards hold 12 tokens in all"),
+    ({"tokens": 5}, "seq_len is 12 on rank 0, 2 and 15 on rank 1; the shards hold 13 tokens .* pass seq_len=13"),
+    ({"causal": False}, "causal is True on rank 0, 2 and False on rank 1"),
+    ({"batch": 2}, "batch is 1 on rank 0, 2 and 2 on rank 1"),
+    ({"q_heads": 8}, "q_heads is 4 on rank 0, 2 and 8 on rank 1"),
+    ({"kv_heads": 1}, "kv_heads is 2 on rank 0, 2 and 1 on rank 1"),
+    ({"head_dim": 16}, "head_dim is 8 on rank 0, 2 and 16 on rank 1"),
+    ({"v_head_dim": 16}, "v_head_dim is 8 on rank 0, 2 and 16 on rank 1"),
+    ({"dtype": torch.float64}, "dtype is 'torch.float32' on rank 0, 2 and 'torch.float64' on rank 1"),
+    ({"softmax_scale": 0.5}, "softmax_scale is 0.3 on rank 0, 2 and 0.5 on rank 1"),
+    ({"kernel": "aten"}, "kernel is 'reference' on rank 0, 2 and 'aten' on rank 1"),
+]
+REFUSALS = [
+    ({"kv_heads": 3}, "ValueError: got q .*; k and v must have equally many heads, and q a multiple of them"),
+    ({"dtype": torch.int32}, "TypeError: got torch.int32; cast q, k and v to one of"),
+    ({"layout": "zigzig"}, "ValueError: got layout='zigzig'; choose one of contiguous, zigzag, striped"),
+    ({"kernel": "cudnn"}, "NotImplementedError: kernel='cudnn' cannot take these inputs: cuDNN runs on CUDA"),
+]
+
+
+def call(rank: int, changed: dict) -> str:
+    """Rank 1 calls with something else than the others; what each rank was told."""
+    mine = {"kernel": "reference", "causal": True, "softmax_scale": 0.3} | (changed if rank == 1 else {})
+    attention.__version__ = mine.pop("version", attention.__version__)
+    inputs = tensors(**{name: mine.pop(name) for name in TENSOR_FIELDS if name in mine})
+    start = time.monotonic()
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
+        ringattn.ring_attention(*inputs, **mine)
+    assert time.monotonic() - start < 5
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), DISAGREEMENTS, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
+)
+def test_every_rank_names_rank_field_values_and_fix(changed, message):
+    for said in run_ranks(3, call, changed):
+        assert re.search("RankDisagreement: nothing was computed, ranks disagree: " + message, said), said
+
+
+@pytest.mark.parametrize(("changed", "message"), REFUSALS, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+def test_a_refusal_on_one_rank_is_told_on_all(changed, message):
+    for rank, said in enumerate(run_ranks(3, call, changed)):
+        prefix = "" if rank == 1 else "RankDisagreement: nothing was computed, rank 1 refused its inputs: "
+        assert re.match(prefix + message, said), said
+
+
+def late_disagreement(rank: int) -> str:
+    """All ranks agreed on a shape; then one of them comes with another, while the others go ahead."""
+    ranks.ranks_named(ranks.group_name(None)).deadline = timedelta(seconds=2)
+    ranks.ranks_named(ranks.group_name(None)).transport.deadline = timedelta(seconds=2)
+    cp = ringattn.ContextParallel()
+    cp.attention(*tensors())
+    with pytest.raises((ringattn.RankDisagreement, ringattn.TransportError)) as caught:
+        cp.attention(*tensors(batch=2 if rank == 1 else 1))
+    return str(caught.value)
+
+
+def test_a_disagreement_after_the_first_call_raises_on_every_rank():
+    said = run_ranks(3, late_disagreement, timeout=30)
+    assert "configuration that all ranks agreed on before" in said[1]
+    assert "rank 0 was still sending to [1] and receiving from [2]" in said[0]
+
+
+def shards_that_do_not_fit(rank: int) -> None:
+    cp = ringattn.ContextParallel(layout="contiguous")
+    with pytest.raises(ValueError, match=r"got shards of \(4, 4\) tokens; .* has \(5, 4\): cut the sequence with"):
+        cp.attention(*tensors(), seq_len=9)
+
+
+def test_shards_must_be_the_layouts():
+    run_ranks(2, shards_that_do_not_fit)

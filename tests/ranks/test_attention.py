@@ -1,0 +1,114 @@
+"""The public face on real ranks over gloo: outputs and gradients against fp64 on one rank."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+import ringattn
+from ringattn.kernels.registry import choose_kernel
+from ringattn.launch.oracle import Case, Result, attend_across_ranks, attend_on_one_rank, exact, make_inputs
+from ringattn.layout import LAYOUTS
+from tests.gang import run_ranks
+from tests.tolerance import assert_close
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = list(itertools.product(LAYOUTS, [(4, 4), (4, 1), (8, 2)], (True, False), (331, 96, 7, 2), (1, 3), DTYPES))
+
+
+def check_cases(rank: int, cases: list, device: str = "cpu") -> None:
+    for layout, (q_heads, kv_heads), causal, seq_len, batch, dtype in cases:
+        case = Case(seq_len, batch, q_heads, kv_heads, 16, causal, dtype)
+        inputs = make_inputs(case, seq_len, device)
+        cp = ringattn.ContextParallel(layout=layout)
+        got = attend_across_ranks(cp, case, inputs)
+        if rank == 0:
+            kernel = choose_kernel(cp.kernel, *inputs[:3]).kernel
+            assert_close(got, exact(case, inputs), attend_on_one_rank(kernel, case, inputs))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_equal_to_one_rank(ranks):
+    """A random sample of all layouts, heads, masks, lengths, batches and dtypes; tests/simulated runs every one."""
+    run_ranks(ranks, check_cases, random.Random(ranks).sample(CASES, 40))
+
+
+def shard_anything(rank: int) -> None:
+    for layout, (shape, dim) in itertools.product(LAYOUTS, [((10,), 0), ((2, 7), 1), ((3, 1, 4), -1), ((2, 2), 0)]):
+        cp = ringattn.ContextParallel(layout=layout)
+        x = torch.randint(100, shape)
+        dist.broadcast(x, 0)
+        part = cp.shard(x, dim)
+        assert part.shape[dim] == len(cp.positions(shape[dim]))
+        assert torch.equal(cp.unshard(part, dim, seq_len=shape[dim]), x)
+        assert torch.equal(cp.shard(torch.arange(shape[dim]), 0), cp.positions(shape[dim]))
+
+
+def test_shard_and_unshard_any_tensor():
+    run_ranks(3, shard_anything)
+
+
+def unshard_gradient(rank: int) -> list[float]:
+    cp = ringattn.ContextParallel(layout="contiguous")
+    x = torch.ones(2 if rank == 0 else 1, requires_grad=True)
+    (cp.unshard(x, 0, seq_len=3).sum() * (rank + 1)).backward()
+    with pytest.raises(ValueError, match="pass the seq_len that was sharded"):
+        cp.unshard(x, 0, seq_len=9)
+    return x.grad.tolist()
+
+
+def test_the_gradient_of_unshard_sums_over_ranks():
+    assert run_ranks(2, unshard_gradient) == [[3, 3], [3]]
+
+
+def attend_in_subgroups(rank: int) -> None:
+    """Two meshes of two ranks each, side by side, on different sequences."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    with pytest.raises(ValueError, match=r"pass one that shares a sequence: mesh\['context'\]"):
+        ringattn.ContextParallel(mesh)
+    for group in (mesh["context"], mesh["context"].get_group()):
+        cp = ringattn.ContextParallel(group)
+        assert (cp.size, cp.rank) == (2, rank % 2)
+        case = Case(13, 1, 4, 2)
+        inputs = make_inputs(case, seed=rank // 2)
+        assert_close(attend_across_ranks(cp, case, inputs), exact(case, inputs), exact(case, inputs))
+
+
+def test_groups_and_meshes():
+    run_ranks(4, attend_in_subgroups)
+
+
+def recompute(rank: int) -> None:
+    """Activation checkpointing runs the ring again in the backward, on every rank alike."""
+    cp = ringattn.ContextParallel()
+    q, k, v = (torch.randn(1, 6, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    plain = torch.autograd.grad(cp.attention(q, k, v, causal=True).square().sum(), (q, k, v))
+    again = checkpoint(lambda *x: cp.attention(*x, causal=True).square().sum(), q, k, v, use_reentrant=False)
+    for a, b in zip(plain, torch.autograd.grad(again, (q, k, v)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_activation_checkpointing():
+    run_ranks(2, recompute)
+
+
+def many_shapes(rank: int) -> None:
+    """Buffers grow and are reused: a small call after a large one, and two calls before their backwards."""
+    cp = ringattn.ContextParallel()
+    held = []
+    for seq_len in (64, 8, 40, 3):
+        case = Case(seq_len, 1, 2, 1, 8)
+        inputs = make_inputs(case, seq_len)
+        q, k, v = (cp.shard(x).requires_grad_() for x in inputs[:3])
+        held.append((case, inputs, (q, k, v), cp.attention(q, k, v, causal=True, seq_len=seq_len)))
+    for case, inputs, leaves, out in reversed(held):
+        grads = torch.autograd.grad(out, leaves, cp.shard(inputs.dout))
+        got = Result(*(cp.unshard(x.detach(), seq_len=case.seq_len) for x in (out, *grads)))
+        assert_close(got, exact(case, inputs), exact(case, inputs))
+
+
+def test_calls_of_many_shapes_share_buffers():
+    run_ranks(3, many_shapes)
