@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from ringattn.launch import checkpoint, metrics, settings
 from ringattn.launch.gang import Place
@@ -48,6 +49,27 @@ def test_auto_goes_on_from_the_newest_whole_one(saving: settings.Train, tmp_path
     run(0, saving, tmp_path / "cut", 1)
     assert losses(tmp_path / "cut", first=1) == losses(tmp_path / "through", first=4), "to the last bit on equal ranks"
     assert [path.name for path in sorted(folder.iterdir())] == ["step-00000003", "step-00000006"]
+
+
+def test_everything_comes_back(tmp_path: Path):
+    def fresh(seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    model, optimizer = fresh(0)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    checkpoint.save(tmp_path, 7, model, optimizer, {"seed": 3}, keep=1)
+    drawn = torch.rand(4)
+    other, its_optimizer = fresh(1)
+    path = checkpoint.find(tmp_path, "auto")
+    assert path is not None
+    assert checkpoint.load(path, other, its_optimizer, {"seed": 3}) == 7
+    assert torch.equal(torch.rand(4), drawn)
+    assert torch.equal(other.weight, model.weight)
+    for moment in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(its_optimizer.state[other.weight][moment], optimizer.state[model.weight][moment])
 
 
 def test_old_ones_go(saving: settings.Train, tmp_path: Path):

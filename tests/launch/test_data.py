@@ -2,10 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ringattn.launch import data as corpora
 from ringattn.launch import settings
 from ringattn.launch.data import END, IGNORED, Corpus
 
@@ -60,6 +62,21 @@ def test_the_cache_follows_the_text(tmp_path: Path, small: settings.Train):
     assert Corpus(data).digest == first.digest
     (tmp_path / "0.txt").write_text("other text " * 20)
     assert Corpus(data).digest != first.digest
+
+
+def test_whoever_prepares_first_wins(tmp_path: Path, small: settings.Train, monkeypatch: pytest.MonkeyPatch):
+    """Two jobs come to an empty cache at once: the second finds the first's files in place when it is done."""
+    data = dataclasses.replace(small.data, cache=str(tmp_path))
+    writing = corpora.write
+
+    def write_while_another_does(*arguments: Any) -> None:
+        monkeypatch.setattr(corpora, "write", writing)
+        Corpus(data)
+        writing(*arguments)
+
+    monkeypatch.setattr(corpora, "write", write_while_another_does)
+    assert Corpus(data).sizes == Corpus(data).sizes
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

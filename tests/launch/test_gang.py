@@ -27,20 +27,20 @@ def config(**values: str):
 
 
 def test_a_gang_of_one_needs_no_process_group(tmp_path: Path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     told = config(key="${parallel.device}!")
     result = gang.launch("tests.launch.jobs:describe", told, tmp_path / "job", 1)
     assert result == {"key": "cpu!", "size": 1, "device": "cpu", "distributed": False}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "elastic would leave its own"
 
 
 @pytest.mark.parametrize(
     ("how", "message"), [("raises", "ValueError: rank 1 of 2 fails on purpose"), ("killed", "killed by SIGKILL")]
 )
 def test_the_rank_that_failed_first_is_shown(tmp_path: Path, how: str, message: str):
-    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(gang.GangFailed, match=f"rank 1 failed: {message}") as caught:
         gang.launch("tests.launch.jobs:fail", config(how=how), tmp_path, 2)
     assert ("in fail" in caught.value.traceback) == (how == "raises")
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def failure(folder: Path, rank: int, exitcode: int, written: float | None) -> ProcessFailure:
