@@ -120,7 +120,8 @@ class AtenKernel:
 
 
 class CudnnKernel(AtenKernel):
-    """cuDNN's fused attention through torch, on CUDA devices."""
+    """cuDNN's fused attention through torch, on CUDA devices; FlashAttention-2 for the single rows and keys that it
+    does not take."""
 
     name = "cudnn"
 
@@ -132,11 +133,15 @@ class CudnnKernel(AtenKernel):
         return super().refuses(q, k, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        if 1 in (q.shape[1], k.shape[1]):
+            return super().attend(q, k, v, causal, scale)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
         return out.transpose(1, 2), lse.reshape(lse.shape[:3])
 
     def differentiate(self, dout, q, k, v, out, lse, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
+        if 1 in (q.shape[1], k.shape[1]):
+            return super().differentiate(dout, q, k, v, out, lse, causal, scale)
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         seed = torch.empty((), dtype=torch.int64, device=q.device)  # read with dropout only
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(

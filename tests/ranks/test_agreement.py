@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import ringattn
 from ringattn import attention, ranks
@@ -94,3 +95,18 @@ def shards_that_do_not_fit(rank: int) -> None:
 
 def test_shards_must_be_the_layouts():
     run_ranks(2, shards_that_do_not_fit)
+
+
+def meet_again(rank: int, folder: str) -> None:
+    """A group is destroyed and made anew under the same name: what the old one agreed on says nothing."""
+    for meeting in ("first", "second", "third"):
+        dist.destroy_process_group()
+        store = dist.FileStore(f"{folder}/{meeting}", 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        ringattn.ring_attention(*tensors(), causal=True)
+        with pytest.raises(ringattn.RankDisagreement, match="causal is True on rank 0 and False on rank 1"):
+            ringattn.ring_attention(*tensors(batch=2), causal=rank == 0)
+
+
+def test_groups_made_again_agree_anew(tmp_path):
+    run_ranks(2, meet_again, str(tmp_path))

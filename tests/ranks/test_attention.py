@@ -12,6 +12,7 @@ import ringattn
 from ringattn.kernels.registry import choose_kernel
 from ringattn.launch.oracle import Case, Result, attend_across_ranks, attend_on_one_rank, exact, make_inputs
 from ringattn.layout import LAYOUTS
+from ringattn.ranks import group_name, ranks_named
 from tests.gang import run_ranks
 from tests.tolerance import assert_close
 
@@ -82,13 +83,20 @@ def test_groups_and_meshes():
 
 
 def recompute(rank: int) -> None:
-    """Activation checkpointing runs the ring again in the backward, on every rank alike."""
+    """Plain checkpointing runs the forward ring again, on every rank alike; keeping (out, lse) does not."""
     cp = ringattn.ContextParallel()
     q, k, v = (torch.randn(1, 6, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    plain = torch.autograd.grad(cp.attention(q, k, v, causal=True).square().sum(), (q, k, v))
-    again = checkpoint(lambda *x: cp.attention(*x, causal=True).square().sum(), q, k, v, use_reentrant=False)
-    for a, b in zip(plain, torch.autograd.grad(again, (q, k, v)), strict=True):
-        assert torch.equal(a, b)
+
+    def block(q, k, v):
+        return cp.attention(q * 2, k, v, causal=True).square().sum()
+
+    expected = torch.autograd.grad(block(q, k, v), (q, k, v))
+    for options, rings in (({}, 3), ({"context_fn": ringattn.keep_attention}, 2)):
+        before = ranks_named(group_name(None)).calls
+        loss = checkpoint(block, q, k, v, use_reentrant=False, **options)
+        got = torch.autograd.grad(loss, (q, k, v))
+        assert ranks_named(group_name(None)).calls - before == rings
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_activation_checkpointing():
