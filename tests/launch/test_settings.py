@@ -16,10 +16,10 @@ GROUPS = [
     for path in sorted(Path(ringattn.conf.__path__[0]).glob("*/*.yaml"))
     if path.parent.name != "hydra"
 ]
+settings.register()
 
 
 def composed(*overrides: str) -> settings.Train:
-    settings.register()
     with initialize_config_module("ringattn.conf", version_base="1.3"):
         return settings.resolve(compose("train", list(overrides)))
 
