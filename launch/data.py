@@ -64,7 +64,7 @@ class Corpus:
         Example:
             A window `a b END c` of S = 3 gives inputs `a b END` and labels `b END IGNORED`.
         """
-        draw = np.random.default_rng((seed, step, split == "validation"))
+        draw = np.random.default_rng((seed, step))
         starts = draw.integers(0, self.sizes[split] - self.seq_len, size=self.rows)[rows]
         content = self._bytes[split]
         windows = np.stack([content[start : start + self.seq_len + 1] for start in starts])

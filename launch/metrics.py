@@ -41,6 +41,8 @@ class Journal:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.records = (folder / METRICS).open("a", buffering=1)
+        if cut_off(folder / METRICS):
+            self.records.write("\n")  # or what follows would go down with it
         self.log = (folder / LOG).open("a", buffering=1)
         self.console = Console(highlight=False, soft_wrap=True)
         self.events = None
@@ -109,11 +111,19 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def cut_off(path: Path) -> bool:
+    """Whether the last line lacks its end: a run was killed while writing it."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
+
+
 def read(folder: Path) -> dict[int, dict[str, Any]]:
     """Records of a run by step, in order; of a step that was run twice (after a resume), the later values."""
     steps: dict[int, dict[str, Any]] = {}
     with (folder / METRICS).open() as file:
         for line in file:
+            if not line.endswith("}\n"):
+                continue  # cut off
             record = json.loads(line)
             steps.setdefault(record["step"], {}).update(record)
     return dict(sorted(steps.items()))

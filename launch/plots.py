@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from ringattn import Plan
 
@@ -68,6 +69,7 @@ def draw_losses(runs: Mapping[str, Records], path: Path) -> None:
                 axes.plot(steps, losses, "o", color=color, markersize=5, markeredgecolor="white")
         validated = any("validation_loss" in record for records in runs.values() for record in records.values())
         axes.set(xlabel="step", ylabel="nats per byte", title="Loss" + (" (dots: held-out text)" * validated))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(runs) > 1:
             axes.legend(fontsize=9, ncols=1 + (len(runs) > 8))
         figure.savefig(path)
@@ -91,6 +93,7 @@ def draw_comparison(runs: Mapping[str, Records], path: Path, allowed: float | No
             below.axhline(allowed, color=COLORS[5], linewidth=1.2)
             note(below, f"allowed: below {allowed:.0e}", (steps[-1], allowed), (0, 4), ha="right", color=COLORS[5])
             below.set_ylim(floor / 2, allowed * 5)
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
         below.set(xlabel="step", title=f"Difference, largest {max(apart):.1e}; the lowest row is no difference at all")
         figure.savefig(path)
 

@@ -58,7 +58,7 @@ def some(steps: Iterable[int], count: int = 12) -> list[int]:
 
     Example:
         >>> some(range(1, 101), 5)
-        [1, 26, 50, 75, 100]
+        [1, 26, 51, 75, 100]
     """
     steps = list(steps)
     if len(steps) <= count:
@@ -69,6 +69,8 @@ def some(steps: Iterable[int], count: int = 12) -> list[int]:
 def report_run(folder: Path) -> str:
     """Some steps of one run; the plot has them all."""
     records = metrics.read(folder)
+    if not records:
+        return "nothing measured yet"
     draw_losses({folder.name: records}, folder / PLOT)
     columns = dict.fromkeys(name for record in records.values() for name in record)
     return markdown([records[step] for step in some(records)], list(columns))
@@ -79,11 +81,12 @@ def report_sweep(folder: Path) -> str:
     rows = read_rows(folder / RESULTS)
     columns = dict.fromkeys(column for row in rows for column in row)
     shared = {column for column in columns if len(rows) > 1 and len({row[column] for row in rows}) == 1}
-    runs = {
+    measured = {
         label(folder / row["folder"], shared): metrics.read(folder / row["folder"])
         for row in rows
         if (folder / row["folder"] / metrics.METRICS).is_file()
     }
+    runs = {name: records for name, records in measured.items() if records}  # a job may fail before its first step
     if runs:
         draw_losses(runs, folder / PLOT)
     numbers = [{column: number(cell) for column, cell in row.items()} for row in rows]

@@ -135,6 +135,7 @@ class Train:
     validate_every: int = 100
     validation_batches: int = 4
     tensorboard: bool = True
+    record: str | None = None  # a file of JSON lines to add the final metrics to
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)

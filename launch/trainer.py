@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 
 import ringattn
+from ringattn.kernels.registry import choose_kernel
 
 from . import checkpoint, settings
 from .data import IGNORED, Corpus
@@ -30,6 +31,7 @@ from .gang import Place
 from .metrics import Journal, peak_memory_gib
 from .model import Transformer
 from .optimizer import Gradients, adamw, learning_rate
+from .records import append_records, circumstances
 
 __all__ = ["Trainer", "train"]
 
@@ -105,6 +107,8 @@ class Trainer:
                 checkpoint.save(self.folder, step, self.model, self.optimizer, self.identity, keep)
                 clock, since = time.perf_counter(), step
         self.journal.close()
+        if chosen.record and self.place.rank == 0:
+            append_records(Path(chosen.record), [self.summary(last)])
         return last
 
     def step(self, step: int) -> tuple[Tensor, Tensor, float]:
@@ -141,6 +145,26 @@ class Trainer:
         shares = [self.loss(*self.part(batch, "validation")) for batch in range(batches)]
         return over_ranks(torch.stack(shares).sum()).item() / batches
 
+    def summary(self, last: dict[str, float]) -> dict[str, Any]:
+        """The run on record: what ran where, and the last of every metric."""
+        chosen, shape = self.chosen, self.chosen.model
+        return circumstances(self.place.size) | {
+            "bench": "train",
+            "ranks": self.place.size,
+            "context": self.cp.size,
+            "layout": self.cp.layout,
+            "kernel": choose_kernel(self.cp.kernel, *self.attention_inputs()).kernel.name,
+            "batch": chosen.data.batch,
+            "seq_len": chosen.data.seq_len,
+            "q_heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "dtype": self.precision,
+            "seed": chosen.seed,
+            "steps": chosen.steps,
+            **last,
+        }
+
     def introduce(self, origin: Path | None) -> None:
         """Say what was chosen and why."""
         data, shape, size = self.chosen.data, self.chosen.model, self.place.size
@@ -160,13 +184,14 @@ class Trainer:
             f"{megabytes['validation']:.1f} MB held out\n"
             f"start: {f'step {self.begun} of {origin}' if origin else f'from seed {self.chosen.seed}'}"
         )
+        self.journal.say(self.cp.explain(*self.attention_inputs()))
+
+    def attention_inputs(self) -> list[Tensor]:
+        """q, k, v as attention gets them, without a token: what the choice of a kernel depends on."""
+        shape = self.chosen.model
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        rows, length = self.rows.stop - self.rows.start, held[self.cp.rank]
-        q, k, v = (
-            torch.empty(rows, length, heads, shape.head_dim, dtype=dtype, device=self.device)
-            for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-        )
-        self.journal.say(self.cp.explain(q, k, v))
+        heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+        return [torch.empty(1, 0, each, shape.head_dim, dtype=dtype, device=self.device) for each in heads]
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -12,6 +12,7 @@ from ringattn.context import ContextParallel
 from ringattn.layout import Layout, make_layout
 from ringattn.mask import Mask
 from ringattn.plan import Plan, make_plan
+from ringattn.recompute import keep_attention
 from ringattn.transport.interface import TransportError
 from ringattn.version import __version__
 
@@ -23,6 +24,7 @@ __all__ = [
     "RankDisagreement",
     "TransportError",
     "__version__",
+    "keep_attention",
     "make_layout",
     "make_plan",
     "ring_attention",

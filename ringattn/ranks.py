@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from datetime import timedelta
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,8 +33,7 @@ class Ranks:
         self.agreed: set[Hashable] = set()
 
 
-_alone = Ranks(None)
-_ranks: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
+_ranks: dict[str, Ranks] = {ALONE: Ranks(None)}
 
 
 def group_name(group: dist.ProcessGroup | DeviceMesh | None) -> str:
@@ -63,10 +61,9 @@ def group_name(group: dist.ProcessGroup | DeviceMesh | None) -> str:
 
 
 def ranks_named(name: str) -> Ranks:
-    """The ranks of a group by its name."""
-    if name == ALONE:
-        return _alone
-    group = _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
-    if group not in _ranks:
-        _ranks[group] = Ranks(group)
-    return _ranks[group]
+    """The ranks of a group by its name. A group that was destroyed and made again is another one."""
+    if name != ALONE:
+        group = _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+        if name not in _ranks or _ranks[name].group is not group:
+            _ranks[name] = Ranks(group)
+    return _ranks[name]

@@ -31,6 +31,7 @@ def test_shard_is_differentiable_and_a_copy():
     x = torch.arange(10.0, requires_grad=True)
     part = make_layout("striped", 10, 3).shard(x, 1, 0)
     part.sum().backward()
+    assert x.grad is not None
     assert x.grad.tolist() == [0, 1, 0, 0, 1, 0, 0, 1, 0, 0]
     assert part.data_ptr() != x.data_ptr()
 

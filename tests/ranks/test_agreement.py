@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import ringattn
 from ringattn import attention, ranks
@@ -71,8 +72,9 @@ def test_a_refusal_on_one_rank_is_told_on_all(changed, message):
 
 def late_disagreement(rank: int) -> str:
     """All ranks agreed on a shape; then one of them comes with another, while the others go ahead."""
-    ranks.ranks_named(ranks.group_name(None)).deadline = timedelta(seconds=2)
-    ranks.ranks_named(ranks.group_name(None)).transport.deadline = timedelta(seconds=2)
+    everyone = ranks.ranks_named(ranks.group_name(None))
+    assert everyone.transport is not None
+    everyone.deadline = everyone.transport.deadline = timedelta(seconds=2)
     cp = ringattn.ContextParallel()
     cp.attention(*tensors())
     with pytest.raises((ringattn.RankDisagreement, ringattn.TransportError)) as caught:
@@ -94,3 +96,17 @@ def shards_that_do_not_fit(rank: int) -> None:
 
 def test_shards_must_be_the_layouts():
     run_ranks(2, shards_that_do_not_fit)
+
+
+def meet_again(rank: int, folder: str) -> None:
+    """A group is destroyed and made anew under the same name: what the old one agreed on says nothing."""
+    for meeting in ("first", "second", "third"):
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{meeting}", rank=rank, world_size=2)
+        ringattn.ring_attention(*tensors(), causal=True)
+        with pytest.raises(ringattn.RankDisagreement, match="causal is True on rank 0 and False on rank 1"):
+            ringattn.ring_attention(*tensors(batch=2), causal=rank == 0)
+
+
+def test_groups_made_again_agree_anew(tmp_path):
+    run_ranks(2, meet_again, str(tmp_path))

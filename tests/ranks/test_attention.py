@@ -6,12 +6,14 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import ringattn
 from ringattn.kernels.registry import choose_kernel
 from ringattn.launch.oracle import Case, Result, attend_across_ranks, attend_on_one_rank, exact, make_inputs
 from ringattn.layout import LAYOUTS
+from ringattn.ranks import group_name, ranks_named
 from tests.gang import run_ranks
 from tests.tolerance import assert_close
 
@@ -57,6 +59,7 @@ def unshard_gradient(rank: int) -> list[float]:
     (cp.unshard(x, 0, seq_len=3).sum() * (rank + 1)).backward()
     with pytest.raises(ValueError, match="pass the seq_len that was sharded"):
         cp.unshard(x, 0, seq_len=9)
+    assert x.grad is not None
     return x.grad.tolist()
 
 
@@ -66,7 +69,7 @@ def test_the_gradient_of_unshard_sums_over_ranks():
 
 def attend_in_subgroups(rank: int) -> None:
     """Two meshes of two ranks each, side by side, on different sequences."""
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     with pytest.raises(ValueError, match=r"pass one that shares a sequence: mesh\['context'\]"):
         ringattn.ContextParallel(mesh)
     for group in (mesh["context"], mesh["context"].get_group()):
@@ -82,13 +85,20 @@ def test_groups_and_meshes():
 
 
 def recompute(rank: int) -> None:
-    """Activation checkpointing runs the ring again in the backward, on every rank alike."""
+    """Plain checkpointing runs the forward ring again, on every rank alike; keeping (out, lse) does not."""
     cp = ringattn.ContextParallel()
     q, k, v = (torch.randn(1, 6, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    plain = torch.autograd.grad(cp.attention(q, k, v, causal=True).square().sum(), (q, k, v))
-    again = checkpoint(lambda *x: cp.attention(*x, causal=True).square().sum(), q, k, v, use_reentrant=False)
-    for a, b in zip(plain, torch.autograd.grad(again, (q, k, v)), strict=True):
-        assert torch.equal(a, b)
+
+    def block(q, k, v):
+        return cp.attention(q * 2, k, v, causal=True).square().sum()
+
+    expected = torch.autograd.grad(block(q, k, v), (q, k, v))
+    for context, rings in ((noop_context_fn, 3), (ringattn.keep_attention, 2)):
+        before = ranks_named(group_name(None)).calls
+        loss = checkpoint(block, q, k, v, use_reentrant=False, context_fn=context)
+        got = torch.autograd.grad(loss, (q, k, v))
+        assert ranks_named(group_name(None)).calls - before == rings
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_activation_checkpointing():

@@ -7,7 +7,8 @@ import torch
 
 from ringattn.executors import ring
 from ringattn.executors.call import Buffers, Call
-from ringattn.kernels.interface import row_delta
+from ringattn.kernels.interface import Kernel, row_delta
+from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.registry import KERNELS
 from ringattn.launch.oracle import Case, Inputs, Result, attend_on_one_rank, exact, make_inputs
 from ringattn.layout import LAYOUTS
@@ -18,9 +19,9 @@ from tests.tolerance import assert_close
 HEADS = [(4, 4), (4, 1), (8, 2)]
 
 
-def through_the_ring(plan: Plan, kernel: str, case: Case, inputs: Inputs) -> Result:
+def through_the_ring(plan: Plan, kernel: Kernel, case: Case, inputs: Inputs) -> Result:
     def work(rank, transport):
-        call = Call(plan, rank, KERNELS[kernel], case.head_dim**-0.5, transport, Buffers())
+        call = Call(plan, rank, kernel, case.head_dim**-0.5, transport, Buffers())
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
         out, lse = ring.forward(call, q, k, v)
         grads = ring.backward(call, dout, q, k, v, out, lse, row_delta(dout, out))
@@ -39,7 +40,7 @@ def test_outputs_and_gradients_equal_one_rank(layout, ranks, dtype):
         case = Case(seq_len, batch, q_heads, kv_heads, causal=causal, dtype=dtype)
         inputs = make_inputs(case, seed)
         plan = make_plan(layout, seq_len, ranks, causal=causal)
-        got = through_the_ring(plan, "aten", case, inputs)
+        got = through_the_ring(plan, KERNELS["aten"], case, inputs)
         assert_close(got, exact(case, inputs), attend_on_one_rank(KERNELS["aten"], case, inputs))
 
 
@@ -50,7 +51,7 @@ def test_short_and_odd_lengths(kernel, seq_len):
     for layout, ranks, causal in itertools.product(LAYOUTS, (3, 8) if seq_len < 8 else (3,), (True, False)):
         case = Case(seq_len, 1, 2, 1, 8, causal)
         inputs = make_inputs(case, seq_len)
-        got = through_the_ring(make_plan(layout, seq_len, ranks, causal=causal), kernel, case, inputs)
+        got = through_the_ring(make_plan(layout, seq_len, ranks, causal=causal), KERNELS[kernel], case, inputs)
         assert_close(got, exact(case, inputs), attend_on_one_rank(KERNELS[kernel], case, inputs))
 
 
@@ -59,8 +60,28 @@ def test_results_are_bit_equal_from_run_to_run(layout):
     case = Case(90, 2, 4, 2, dtype=torch.float32)
     plan = make_plan(layout, 90, 4, causal=True)
     inputs = make_inputs(case, 0)
-    first, second = (through_the_ring(plan, "aten", case, inputs) for _ in range(2))
+    first, second = (through_the_ring(plan, KERNELS["aten"], case, inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Witness(ReferenceKernel):
+    """Fails when a partial result or gradient comes back in less than fp32."""
+
+    def forward(self, q, k, v, segments, *, running=None, **options):
+        assert running is None or running[0].dtype == running[1].dtype == torch.float32
+        return super().forward(q, k, v, segments, running=running, **options)
+
+    def backward(self, dout, q, k, v, *arguments, dq=None, **options):
+        assert dq is None or dq.dtype == torch.float32
+        grads = super().backward(dout, q, k, v, *arguments, dq=dq, **options)
+        assert all(grad.dtype == torch.float32 for grad in grads)
+        return grads
+
+
+def test_partial_results_stay_in_fp32_from_hop_to_hop():
+    case = Case(64, dtype=torch.bfloat16)
+    plan = make_plan("zigzag", 64, 4, causal=True)
+    through_the_ring(plan, Witness(), case, make_inputs(case, 0))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
