@@ -40,7 +40,7 @@ def forward(
     """`Kernel.forward`."""
     q, k, v = (addressable(x) for x in (q, k, v))
     batch, rows, heads, d = q.shape
-    _, keys, groups, e = v.shape
+    groups, e = v.shape[2:]
     tiling = tiling_for("forward", architecture(q.device), q.dtype, max(d, e), rows)
     work = lower(query_tiles, segments, rows, tiling.rows, tiling.keys, q.device)
     if running is None:
@@ -171,7 +171,9 @@ def section(units: int, bytes_each: int) -> int:
     return max(n for n in range(1, units + 1) if units % n == 0 and (n == 1 or n * bytes_each <= L2_BUDGET))
 
 
-def lower(cut: Callable[..., Work], segments: Segments, extent: int, block: int, step: int, device: torch.device) -> Work:
+def lower(
+    cut: Callable[..., Work], segments: Segments, extent: int, block: int, step: int, device: torch.device
+) -> Work:
     """The tables of `tiles.py` for these segments, made once and kept on the device."""
     return segments.derive((cut, extent, block, step, device), lambda s: cut(s, extent, block, step).to(device))
 

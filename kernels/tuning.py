@@ -128,11 +128,8 @@ def main() -> None:
     print(f"{'kernel':16} {'family':7} {'dtype':7} {'head dim':>8} {'length':7} rows x keys  warps  stages")
     for key, tiling in TABLE.items():
         extras = " tma" * tiling.tma + " ahead" * tiling.ahead
-        size = f"{tiling.rows:4} x {tiling.keys:<4}"
-        print(
-            f"{key.kernel:16} {key.family:7} {key.dtype:7} {key.head_dim:8} {key.length:7} {size:11}  {tiling.warps:5}  "
-            f"{tiling.stages:6} {extras}"
-        )
+        row = f"{key.kernel:16} {key.family:7} {key.dtype:7} {key.head_dim:8} {key.length:7}"
+        print(f"{row} {tiling.rows:4} x {tiling.keys:<4}  {tiling.warps:5}  {tiling.stages:6} {extras}")
 
 
 if __name__ == "__main__":

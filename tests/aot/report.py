@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -25,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from ringattn.kernels import triton_launch
 from ringattn.kernels.segments import Segment, Segments
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(triton.backends.__path__[0]) / "nvidia" / "bin"
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
 
 
