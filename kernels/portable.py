@@ -1,0 +1,58 @@
+"""The portable kernels behind the interface: FlashAttention-2 in Triton, on any GPU that Triton serves.
+
+Nothing here imports Triton before a kernel runs, so that `import ringattn` works without it.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .interface import accumulate_dtype, nothing_seen
+
+__all__ = ["TritonKernel"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class TritonKernel:
+    """FlashAttention-2 over segments in plain Triton. Deterministic: the same inputs give the same bits."""
+
+    name = "triton"
+    reads_delta = True
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"Triton kernels run on GPUs, not on {q.device.type}"
+        if q.dtype not in DTYPES:
+            return f"it takes bfloat16, float16 and float32, not {q.dtype}"
+        if max(q.shape[-1], v.shape[-1]) > 256:
+            return f"head dims go up to 256, got {q.shape[-1]} for q and k, {v.shape[-1]} for v"
+        if q.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+            return "it needs compute capability 8.0, got {}.{}".format(*torch.cuda.get_device_capability(q.device))
+        return None
+
+    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None):
+        from .triton_launch import forward
+
+        out_dtype = out_dtype or accumulate_dtype(q)
+        if not segments:
+            out, lse = running or nothing_seen(q, v)
+            return out.to(out_dtype), lse
+        return forward(q, k, v, segments, scale, running, out_dtype)
+
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
+        from .triton_launch import key_gradients, query_gradients
+
+        if not segments:
+            return tuple(
+                x.new_zeros(x.shape, dtype=accumulate_dtype(x)) if total is None else total
+                for x, total in ((q, dq), (k, dk), (v, dv))
+            )
+        dk, dv = key_gradients(dout, q, k, v, lse, delta, segments, scale, dk, dv)
+        return query_gradients(dout, q, k, v, lse, delta, segments, scale, dq), dk, dv

@@ -1,0 +1,149 @@
+"""Segments cut along a grid of tiles: what each tile of a kernel walks, as two small integer tables.
+
+A query tile (forward, dQ) is a block of rows and walks keys; a key tile (dK and dV) is a block of keys and walks
+rows. The part of a segment that crosses a tile is cut into runs of blocks: those that need no mask inside, and the
+others. Segment(0, 8, 0, 12, 4), tiles and blocks of 4 either way (# seen whole):
+
+           keys 0   4   8   12
+    rows 0      |####|\\   |    |   query tile 0: keys 0-4 whole, 4-8 masked
+                |####|\\\\\\ |    |
+         4      |####|####|\\   |   query tile 1: keys 0-8 whole, 8-12 masked
+                |####|####|\\\\\\ |
+                                   key tile 0: rows 0-8 whole; 1: rows 0-4 masked, 4-8 whole; 2: rows 4-8 masked
+
+What a segment shares with a tile that it covers only in part is masked. Tiles come longest first, so that the last
+ones to run are short. Those that see nothing come after the first `busy` tiles: a launch into a result that already
+holds what they would write leaves them out.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .segments import Segments
+
+__all__ = ["Work", "key_tiles", "query_tiles"]
+
+
+class Work(NamedTuple):
+    """What one launch walks. Places in a tile and in a run count from 0.
+
+    tiles [T, 4] int32: the tile's first row (or key), its first run, its first masked run, the end of its runs.
+    runs [N, 5] int32: start, length, shift, low, high. The run walks the keys (or rows) start .. start + length, and
+        only rows (or keys) low .. high of the tile take part. Row t sees key u iff u <= t + shift, whichever of the
+        two belongs to the tile. A run without a mask is a whole number of blocks long.
+    """
+
+    tiles: torch.Tensor
+    runs: torch.Tensor
+    busy: int  # tiles that have a run
+
+    def to(self, device: torch.device) -> Work:
+        return Work(self.tiles.to(device), self.runs.to(device), self.busy)
+
+
+def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int) -> Work:
+    """The work of one tile for every `block_rows` of `rows` rows; runs walk keys, in blocks of `block_keys`.
+
+    Example:
+        >>> work = query_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 8, 4, 4)
+        >>> work.tiles.tolist()
+        [[4, 2, 3, 4], [0, 0, 1, 2]]
+        >>> work.runs.tolist()
+        [[0, 4, 4, 0, 4], [4, 4, 0, 0, 4], [0, 8, 8, 0, 4], [8, 4, 0, 0, 4]]
+    """
+    q_start, q_len, k_start, k_len, offset = canonical(segments)
+    segment, tile, first, low, high = cross(q_start, q_len, block_rows)
+    shift = first - q_start[segment] + offset[segment]
+    seen_by_first, seen_by_last = (np.minimum(k_len[segment], row + shift + 1) for row in (low, high - 1))
+    covered = (low == 0) & (high == np.minimum(block_rows, rows - first))
+    whole = np.where(covered, seen_by_first // block_keys * block_keys, 0)
+    start = k_start[segment]
+    return assemble(
+        (tile, start, whole, shift, low, high),
+        (tile, start + whole, seen_by_last - whole, shift - whole, low, high),
+        extent=rows, block=block_rows, step=block_keys,
+    )  # fmt: skip
+
+
+def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -> Work:
+    """The work of one tile for every `block_keys` of `keys` keys; runs walk rows, in blocks of `block_rows`.
+
+    Example:
+        >>> work = key_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 12, 4, 4)
+        >>> work.tiles.tolist()
+        [[0, 0, 1, 1], [4, 1, 2, 3], [8, 3, 3, 4]]
+        >>> work.runs.tolist()
+        [[0, 8, 4, 0, 4], [4, 4, 4, 0, 4], [0, 4, 0, 0, 4], [4, 4, 0, 0, 4]]
+    """
+    q_start, q_len, k_start, k_len, offset = canonical(segments)
+    segment, tile, first, low, high = cross(k_start, k_len, block_keys)
+    shift = offset[segment] - (first - k_start[segment])
+    end = q_len[segment]
+    seeing_first, seeing_last = (np.maximum(key - shift, 0) for key in (low, high - 1))  # the first row that does
+    covered = (low == 0) & (high == np.minimum(block_keys, keys - first))
+    head = -(-(seeing_last - seeing_first) // block_rows) * block_rows  # masked, then whole, then a masked rest
+    whole_start = np.where(covered, np.minimum(seeing_first + head, end), end)
+    whole = (end - whole_start) // block_rows * block_rows
+    rest_start = whole_start + whole
+    start = q_start[segment]
+    return assemble(
+        (tile, start + whole_start, whole, shift + whole_start, low, high),
+        (tile, start + seeing_first, whole_start - seeing_first, shift + seeing_first, low, high),
+        (tile, start + rest_start, end - rest_start, shift + rest_start, low, high),
+        extent=keys, block=block_keys, step=block_rows,
+    )  # fmt: skip
+
+
+def canonical(segments: Segments) -> np.ndarray:
+    """The columns of the segments in canonical form (`Segment.canonical`), empty ones left out: int64 [5, S]."""
+    flat = np.fromiter(chain.from_iterable(segments), np.int64, 5 * len(segments))
+    q_start, q_len, k_start, k_len, offset = flat.reshape(-1, 5).T
+    blind = np.maximum(-offset, 0)
+    q_len, offset = q_len - blind, offset + blind
+    k_len = np.minimum(k_len, q_len + offset)
+    columns = np.stack((q_start + blind, q_len, k_start, k_len, np.minimum(offset, k_len - 1)))
+    return columns[:, (q_len > 0) & (k_len > 0)]
+
+
+def cross(start: np.ndarray, length: np.ndarray, block: int) -> tuple[np.ndarray, ...]:
+    """Every crossing of an interval and a tile: which interval, which tile, where the tile starts, what it shares.
+
+    Example:
+        >>> [x.tolist() for x in cross(np.array([2]), np.array([5]), 4)]
+        [[0, 0], [0, 1], [0, 4], [2, 0], [4, 3]]
+    """
+    first_tile = start // block
+    count = (start + length - 1) // block - first_tile + 1
+    interval = np.repeat(np.arange(len(start)), count)
+    tile = np.arange(len(interval)) - np.repeat(np.cumsum(count) - count, count) + first_tile[interval]
+    first = tile * block
+    low = np.maximum(start[interval] - first, 0)
+    high = np.minimum(start[interval] + length[interval] - first, block)
+    return interval, tile, first, low, high
+
+
+def assemble(whole: tuple, *masked: tuple, extent: int, block: int, step: int) -> Work:
+    """Groups runs (tile, start, length, shift, low, high) by tile, those without a mask first; longest tiles first."""
+    tiles = -(-extent // block)
+    columns = np.concatenate([np.stack(runs, 1) for runs in (whole, *masked)])
+    kind = np.repeat([0] + [1] * len(masked), len(whole[0]))
+    real = columns[:, 2] > 0
+    columns, kind = columns[real], kind[real]
+    tile = columns[:, 0]
+    order = np.argsort(2 * tile + kind, kind="stable")
+    end = np.cumsum(np.bincount(tile, minlength=tiles))
+    begin = np.concatenate(([0], end[:-1]))
+    middle = end - np.bincount(tile, weights=kind, minlength=tiles).astype(np.int64)
+    blocks = np.bincount(tile, weights=-(-columns[:, 2] // step), minlength=tiles)
+    longest = np.argsort(-blocks, kind="stable")
+    table = np.stack((np.arange(tiles) * block, begin, middle, end), 1)[longest]
+    return Work(
+        torch.from_numpy(table.astype(np.int32)),
+        torch.from_numpy(columns[order, 1:].astype(np.int32)),
+        int(np.count_nonzero(end > begin)),
+    )

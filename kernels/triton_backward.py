@@ -1,0 +1,154 @@
+"""FlashAttention-2 backward over segments, in portable Triton: dK and dV by key tile, dQ by query tile.
+
+With the final lse and delta = rowsum(dO * O) every block stands for itself (arXiv:2307.08691, section 3.1.2):
+
+    P = exp(scale Q K^T - lse)    dS = P (dO V^T - delta)    dV = P^T dO    dK = scale dS^T Q    dQ = scale dS K
+
+A program of `key_gradients_kernel` owns one tile of one key/value head, walks the rows that see it and takes the
+query heads that share the head in turn; a program of `query_gradients_kernel` owns one tile of query rows and walks
+keys. Nobody else writes to a tile and every sum has a fixed order, so results are bit-equal run to run. The price is
+that scores and dO V^T are computed twice: seven products instead of five.
+
+Two orders matter for speed. dO V^T is issued before the exponentials, which then run beside it. And the first kernel
+computes transposed blocks, [keys, rows], so that P^T and dS^T already lie where their products want their left
+operand. Names as in `triton_forward.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_tile import last_key_seen, load_block, locate, run_at
+
+__all__ = ["key_gradients_kernel", "query_gradients_kernel"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["ROWS", "KEYS"])
+def key_gradients_kernel(
+    q, k, v, dout, q_desc, dout_desc, lse, delta, dk, dv, tiles, runs, scale, ROWS, KEYS,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_km, stride_kg, stride_vb, stride_vm, stride_vg,
+    stride_ob, stride_ol, stride_oh, stride_dkb, stride_dkm, stride_dkg, stride_dvb, stride_dvm, stride_dvg,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of every tile in `tiles`; lse and delta are contiguous [B, H, ROWS]."""
+    i_tile, i_b, i_g = locate(HEADS // GROUP)
+    p_tile = tiles + 4 * i_tile
+    key0 = tl.load(p_tile)
+    k += i_b.to(tl.int64) * stride_kb + i_g.to(tl.int64) * stride_kg
+    v += i_b.to(tl.int64) * stride_vb + i_g.to(tl.int64) * stride_vg
+    q += i_b.to(tl.int64) * stride_qb
+    dout += i_b.to(tl.int64) * stride_ob
+    lse += i_b.to(tl.int64) * HEADS * ROWS
+    delta += i_b.to(tl.int64) * HEADS * ROWS
+    scale_log2 = scale * LOG2E
+
+    o_row = tl.arange(0, BLOCK_ROWS)
+    o_key = tl.arange(0, BLOCK_KEYS)
+    b_k = load_block(k, None, i_b, i_g, stride_km, key0, KEYS - key0, D, BLOCK_KEYS, BLOCK_D)
+    b_v = load_block(v, None, i_b, i_g, stride_vm, key0, KEYS - key0, E, BLOCK_KEYS, BLOCK_E)
+    b_dk = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_KEYS, BLOCK_E], tl.float32)
+    for MASKED in tl.static_range(2):
+        for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
+            start, length, shift, low, high = run_at(runs, i_run)
+            first_row = tl.where((o_key >= low) & (o_key < high), o_key - shift, length)
+            for i in tl.range(tl.cdiv(length, BLOCK_ROWS) * GROUP, disable_licm=True):
+                i_h = i_g * GROUP + i % GROUP
+                j = i // GROUP * BLOCK_ROWS
+                valid = length - j if MASKED else None
+                p_q = q + i_h.to(tl.int64) * stride_qh
+                p_do = dout + i_h.to(tl.int64) * stride_oh
+                b_q = load_block(p_q, q_desc, i_b, i_h, stride_ql, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
+                b_do = load_block(p_do, dout_desc, i_b, i_h, stride_ol, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
+                b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+                b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
+                if MASKED:
+                    b_p = tl.where(o_row[None, :] >= (first_row - j)[:, None], b_p, 0.0)
+                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+                b_delta = load_rows(delta + i_h.to(tl.int64) * ROWS + start + j, valid, 0.0, BLOCK_ROWS)
+                b_ds = b_p * (b_dp - b_delta[None, :])
+                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+
+    o_d = tl.arange(0, BLOCK_D)
+    o_e = tl.arange(0, BLOCK_E)
+    valid = (o_key < KEYS - key0)[:, None]
+    dk += i_b.to(tl.int64) * stride_dkb + i_g.to(tl.int64) * stride_dkg + key0.to(tl.int64) * stride_dkm
+    dv += i_b.to(tl.int64) * stride_dvb + i_g.to(tl.int64) * stride_dvg + key0.to(tl.int64) * stride_dvm
+    put(dv + o_key[:, None] * stride_dvm + o_e[None, :], b_dv, valid & (o_e < E)[None, :], ADD)
+    put(dk + o_key[:, None] * stride_dkm + o_d[None, :], b_dk * scale, valid & (o_d < D)[None, :], ADD)
+
+
+@triton.jit(do_not_specialize=["ROWS"])
+def query_gradients_kernel(
+    q, k, v, dout, k_desc, v_desc, lse, delta, dq, tiles, runs, scale, ROWS,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_km, stride_kg, stride_vb, stride_vm, stride_vg,
+    stride_ob, stride_ol, stride_oh, stride_dqb, stride_dql, stride_dqh,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of every tile in `tiles`; lse and delta are contiguous [B, H, ROWS]."""
+    i_tile, i_b, i_h = locate(HEADS)
+    i_g = i_h // GROUP
+    p_tile = tiles + 4 * i_tile
+    row0 = tl.load(p_tile)
+    k += i_b.to(tl.int64) * stride_kb + i_g.to(tl.int64) * stride_kg
+    v += i_b.to(tl.int64) * stride_vb + i_g.to(tl.int64) * stride_vg
+    q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
+    dout += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
+    lse += (i_b.to(tl.int64) * HEADS + i_h) * ROWS
+    delta += (i_b.to(tl.int64) * HEADS + i_h) * ROWS
+    scale_log2 = scale * LOG2E
+
+    o_key = tl.arange(0, BLOCK_KEYS)
+    b_q = load_block(q, None, i_b, i_h, stride_ql, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
+    b_do = load_block(dout, None, i_b, i_h, stride_ol, row0, ROWS - row0, E, BLOCK_ROWS, BLOCK_E)
+    b_lse = load_rows(lse + row0, ROWS - row0, float("inf"), BLOCK_ROWS) * LOG2E
+    b_delta = load_rows(delta + row0, ROWS - row0, 0.0, BLOCK_ROWS)
+    b_dq = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for MASKED in tl.static_range(2):
+        for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
+            start, length, shift, low, high = run_at(runs, i_run)
+            last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
+            for j in range(0, length, BLOCK_KEYS):
+                valid = length - j if MASKED else None
+                b_k = load_block(k, k_desc, i_b, i_g, stride_km, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
+                b_v = load_block(v, v_desc, i_b, i_g, stride_vm, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+                b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
+                if MASKED:
+                    b_p = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_p, 0.0)
+                b_ds = b_p * (b_dp - b_delta[:, None])
+                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+    o_row = tl.arange(0, BLOCK_ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    inside = (o_row < ROWS - row0)[:, None] & (o_d < D)[None, :]
+    dq += i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh + row0.to(tl.int64) * stride_dql
+    put(dq + o_row[:, None] * stride_dql + o_d[None, :], b_dq * scale, inside, ADD)
+
+
+@triton.jit
+def load_rows(p_x, valid, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK]: one number per row; OTHER from row `valid` on."""
+    o_row = tl.arange(0, BLOCK)
+    if valid is None:
+        return tl.load(p_x + o_row)
+    else:
+        return tl.load(p_x + o_row, mask=o_row < valid, other=OTHER)
+
+
+@triton.jit
+def put(p_x, b_x, inside, ADD: tl.constexpr):
+    """Stores a tile, or adds it to what is there. No other program touches the tile, so the order of sums is fixed;
+    the reduction instruction only spares the registers of a load."""
+    if ADD:
+        tl.atomic_add(p_x, b_x, mask=inside, sem="relaxed")
+    else:
+        tl.store(p_x, b_x, mask=inside)

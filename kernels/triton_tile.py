@@ -1,0 +1,55 @@
+"""What the Triton kernels of both directions share: where a program stands, its runs, how a block is read."""
+
+import triton
+import triton.language as tl
+
+__all__ = ["last_key_seen", "load_block", "locate", "run_at"]
+
+
+@triton.jit
+def locate(HEADS: tl.constexpr):
+    """(tile, batch, head) of this program, in a grid of (heads of one section, tiles, sections).
+
+    Programs start in this order: one section after the other, in it the longest tiles first, and for one tile the
+    heads that share keys and values side by side. A section is as many heads as the L2 cache can hold the other
+    operands of (`launch.section`).
+    """
+    i_bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    return tl.program_id(1), i_bh // HEADS, i_bh % HEADS
+
+
+@triton.jit
+def run_at(runs, i_run):
+    """start, length, shift, low, high of one run (`tiles.Work`)."""
+    p_run = runs + 5 * i_run
+    return tl.load(p_run), tl.load(p_run + 1), tl.load(p_run + 2), tl.load(p_run + 3), tl.load(p_run + 4)
+
+
+@triton.jit
+def last_key_seen(length, shift, low, high, BLOCK: tl.constexpr):
+    """The last key of a run that each row of a query tile sees, -1 for none: [BLOCK]."""
+    o_row = tl.arange(0, BLOCK)
+    return tl.where((o_row >= low) & (o_row < high), tl.minimum(o_row + shift, length - 1), -1)
+
+
+@triton.jit
+def load_block(x, x_desc, i_b, i_h, stride, start, valid, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D]: rows `start` and on of one head, zero from column D on.
+
+    By descriptor if there is one: rows past the end of the tensor are zero. Else by pointer (x at the head): rows
+    from `valid` on are zero, unless `valid` is None.
+    """
+    if x_desc is not None:
+        return x_desc.load([i_b, i_h, start, 0]).reshape([BLOCK, BLOCK_D])
+    else:
+        o_row = tl.arange(0, BLOCK)[:, None]
+        o_d = tl.arange(0, BLOCK_D)[None, :]
+        p_x = x + start.to(tl.int64) * stride + o_row * stride + o_d
+        if valid is None and D == BLOCK_D:
+            return tl.load(p_x)
+        elif valid is None:
+            return tl.load(p_x, mask=o_d < D, other=0.0)
+        elif D == BLOCK_D:
+            return tl.load(p_x, mask=o_row < valid, other=0.0)
+        else:
+            return tl.load(p_x, mask=(o_row < valid) & (o_d < D), other=0.0)

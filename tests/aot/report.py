@@ -1,0 +1,110 @@
+"""Compiles kernels for a GPU that is not there, and reports what the machine code is made of, as JSON lines.
+
+    python tests/aot/report.py sm_90 64 128          # architecture, head dims
+
+The whole launch path runs, on tensors without storage and under a driver that only names its target; each kernel is
+compiled instead of launched. Which release of Triton compiles is a matter of PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ringattn.kernels import triton_launch
+from ringattn.kernels.segments import Segment, Segments
+
+TOOLS = Path(triton.backends.__path__[0]) / "nvidia" / "bin"
+OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
+
+
+class NamedTarget:
+    """Just enough of a driver to compile for an architecture."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compiled_by(capability: int, call) -> list:
+    """The kernels that `call` would launch on such a GPU."""
+    driver.set_active(NamedTarget(capability))
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *args, warmup, **options):
+        kernels.append(run(self, *args, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def attend(head_dim: int, dtype: torch.dtype, length: int) -> None:
+    """Causal attention as the ring does it: merged into a running result, gradients added to running sums."""
+    q, dout = torch.empty(2, 1, length, 32, head_dim, dtype=dtype, device="meta")
+    k, v = torch.empty(2, 1, length, 8, head_dim, dtype=dtype, device="meta")
+    dq, dk, dv, out = (torch.empty_like(x, dtype=torch.float32) for x in (q, k, v, q))
+    lse, delta = torch.empty(2, 1, 32, length, device="meta")
+    segments = Segments([Segment(0, length, 0, length, 0)])
+    triton_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
+    triton_launch.key_gradients(dout, q, k, v, lse, delta, segments, 0.1, dk, dv)
+    triton_launch.query_gradients(dout, q, k, v, lse, delta, segments, 0.1, dq)
+
+
+def report(kernel) -> dict:
+    """What one compiled kernel is made of."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        dump = subprocess.run(
+            [TOOLS / "nvdisasm", "--print-code", cubin.name], check=True, capture_output=True, text=True
+        )
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True
+        )
+    registers = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    assert registers is not None
+    return {
+        "kernel": kernel.metadata.name,
+        "registers": int(registers[1]),
+        "stack": int(registers[2]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "opcodes": dict(collections.Counter(OPCODE.findall(dump.stdout)).most_common()),
+    }
+
+
+def main(architecture: str, *head_dims: str) -> None:
+    triton_launch.architecture = lambda device: architecture
+    for head_dim in map(int, head_dims):
+        call = lambda: attend(head_dim, torch.bfloat16, 8192)  # noqa: B023, E731
+        for kernel in compiled_by(int(architecture.removeprefix("sm_")), call):
+            line = {"triton": triton.__version__, "architecture": architecture, "head_dim": head_dim}
+            print(json.dumps(line | report(kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+"""Tiles against the mask that their segments stand for."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from ringattn.kernels.reference import visible_pairs
+from ringattn.kernels.segments import Segment, Segments
+from ringattn.kernels.tiles import Work, key_tiles, query_tiles
+from tests.kernels.test_kernels import cut
+
+
+def times_seen(work: Work, rows: int, keys: int, of_queries: bool, block: int, step: int) -> torch.Tensor:
+    """How often each pair is computed, int [rows, keys]."""
+    seen = torch.zeros(rows, keys, dtype=torch.int)
+    tile_axis = seen if of_queries else seen.T  # [along tiles, along runs]
+    for number, (first, begin, middle, end) in enumerate(work.tiles.tolist()):
+        assert (end > begin) == (number < work.busy)
+        for index in range(begin, end):
+            start, length, shift, low, high = work.runs[index].tolist()
+            assert length > 0
+            if index < middle:  # whole blocks, every row and key of the tile
+                assert length % step == 0
+                tile_axis[first : first + block, start : start + length] += 1
+                continue
+            t, u = torch.arange(low, high)[:, None], torch.arange(length)[None, :]
+            tile_axis[first + low : first + high, start : start + length] += (u <= t + shift) if of_queries else (
+                t <= u + shift
+            )  # fmt: skip
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_every_visible_pair_is_computed_once(seed):
+    draw = random.Random(seed)
+    rows, keys = draw.randint(1, 40), draw.randint(1, 40)
+    block, step = draw.choice([1, 4, 16]), draw.choice([1, 4, 16])
+    segments = cut(rows, keys, draw)
+    visible = visible_pairs(segments, rows, keys).int()
+    assert torch.equal(times_seen(query_tiles(segments, rows, block, step), rows, keys, True, block, step), visible)
+    assert torch.equal(times_seen(key_tiles(segments, keys, block, step), rows, keys, False, block, step), visible)
+
+
+def test_only_the_diagonal_of_an_aligned_mask_is_masked():
+    causal = Segments([Segment(0, 1024, 0, 1024, 0)])
+    for work, masked in ((query_tiles(causal, 1024, 128, 64), 128), (key_tiles(causal, 1024, 128, 64), 128)):
+        for _, _, middle, end in work.tiles.tolist():
+            assert work.runs[middle:end, 1].sum() == masked
+
+
+def test_tiles_come_longest_first_and_idle_ones_last():
+    work = query_tiles(Segments([Segment(0, 64, 0, 64, 0)]), 96, 16, 16)
+    assert work.tiles[:, 0].tolist() == [48, 32, 16, 0, 64, 80]
+    assert work.busy == 4
+
+
+def test_no_segments_no_work():
+    for segments in (Segments(), Segments([Segment(0, 4, 0, 4, -4)])):
+        for work in (query_tiles(segments, 8, 4, 4), key_tiles(segments, 8, 4, 4)):
+            assert work.busy == 0
+            assert len(work.tiles) == 2
+
+
+def test_a_million_tokens_of_short_documents_lower_quickly():
+    documents = Segments([Segment(16 * i, 16, 16 * i, 16, 0) for i in range(1 << 16)])
+    begin = time.perf_counter()
+    work = query_tiles(documents, 1 << 20, 128, 64)
+    assert time.perf_counter() - begin < 2
+    assert len(work.runs) == 1 << 16

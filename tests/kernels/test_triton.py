@@ -1,0 +1,151 @@
+"""What is particular to the Triton kernels, run by Triton's interpreter where there is no GPU. That they compute the
+right thing over random segments is in `test_kernels.py`; here with every way of reading blocks and of running loops."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ringattn.kernels.interface import nothing_seen, row_delta
+from ringattn.kernels.portable import TritonKernel
+from ringattn.kernels.reference import ReferenceKernel
+from ringattn.kernels.segments import Segment, Segments
+from ringattn.kernels.tuning import PASSES, TABLE, Tiling, tiling_for
+from ringattn.launch.oracle import Inputs, attend
+from tests.kernels.test_kernels import cut
+from tests.tolerance import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL = TritonKernel()
+
+pytestmark = pytest.mark.skipif(
+    KERNEL.refuses(*torch.zeros(3, 1, 1, 1, 8, device=DEVICE)) is not None, reason="needs Triton"
+)
+
+TILINGS = {
+    "pointers": Tiling(16, 16, 4, 2),
+    "descriptors": Tiling(32, 16, 4, 2, tma=True),
+    "ahead": Tiling(16, 16, 4, 2, tma=True, ahead=True),
+}
+
+
+@pytest.fixture(params=TILINGS.values(), ids=list(TILINGS))
+def tiling(request, monkeypatch):
+    """Tiles so small that there are several."""
+    from ringattn.kernels import triton_launch
+
+    monkeypatch.setattr(triton_launch, "tiling_for", lambda *key: request.param)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(q_shape: tuple, k_shape: tuple, v_dim: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (q_shape, k_shape, (*k_shape[:3], v_dim), (*q_shape[:3], v_dim))
+    return Inputs(*(torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes))
+
+
+def check(inputs: Inputs, segments: Segments) -> None:
+    expected = attend(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), segments, 0.3)
+    baseline = attend(ReferenceKernel(), inputs, segments, 0.3)
+    assert_close(attend(KERNEL, inputs, segments, 0.3), expected, baseline)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_random_segments_over_several_tiles(tiling, dtype, seed):
+    draw = random.Random(seed)
+    rows, keys, d, e = draw.randint(20, 50), draw.randint(20, 50), draw.choice([16, 24]), draw.choice([16, 40])
+    check(make_inputs((1, rows, 2, d), (1, keys, 1, d), e, dtype, seed), cut(rows, keys, draw))
+
+
+def test_causal_with_whole_blocks(tiling):
+    check(make_inputs((2, 64, 2, 16), (2, 64, 2, 16), 16, torch.float32), Segments([Segment(0, 64, 0, 64, 0)]))
+
+
+def test_any_strides(tiling):
+    q, k, v, dout = make_inputs((2, 20, 4, 16), (2, 20, 2, 16), 16, torch.float32)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # heads before rows, as some models have it
+    k, v = torch.cat((k, v), -1).split(16, -1)  # one buffer for both
+    dout = dout.mT.contiguous().mT  # last dimension not contiguous
+    check(Inputs(q, k, v, dout), Segments([Segment(0, 20, 0, 20, 0)]))
+
+
+def test_pieces_merge_into_the_whole(tiling):
+    inputs = make_inputs((1, 40, 2, 16), (1, 40, 1, 16), 16, torch.float16)
+    q, k, v, _ = inputs
+    whole = cut(40, 40, random.Random(3))
+    out, lse = ReferenceKernel().forward(q.double(), k.double(), v.double(), whole, scale=0.3)
+    running = None
+    for i, segment in enumerate(whole):
+        dtype = torch.float16 if i == len(whole) - 1 else None
+        running = KERNEL.forward(q, k, v, Segments([segment]), scale=0.3, running=running, out_dtype=dtype)
+    assert running is not None
+    assert running[0].dtype == torch.float16
+    torch.testing.assert_close(running[0].double(), out, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(running[1].double(), lse, rtol=1e-3, atol=1e-3)
+
+
+def test_a_running_result_is_merged_in_place(tiling):
+    q, k, v, _ = make_inputs((1, 40, 2, 16), (1, 40, 1, 16), 16, torch.float32)
+    running = nothing_seen(q, v)
+    segments = Segments([Segment(20, 20, 0, 10, 10)])
+    out, lse = KERNEL.forward(q, k, v, segments, scale=0.3, running=running)
+    assert out is running[0]
+    assert lse is running[1]
+    expected = ReferenceKernel().forward(q, k, v, segments, scale=0.3)
+    torch.testing.assert_close((out, lse), expected)
+
+
+def test_nothing_to_see(tiling):
+    inputs = make_inputs((1, 24, 2, 16), (1, 24, 2, 16), 16, torch.float32)
+    for segments in (Segments(), Segments([Segment(0, 4, 0, 4, -4)]), Segments([Segment(18, 2, 5, 1, 0)])):
+        check(inputs, segments)
+    q, k, v, _ = inputs
+    out, lse = KERNEL.forward(q, k, v, Segments([Segment(18, 2, 5, 1, 0)]), scale=0.3, out_dtype=torch.bfloat16)
+    assert (out[:, :18] == 0).all()
+    assert (lse[:, :, :18] == -torch.inf).all()
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(0, 8), (8, 0), (0, 0)])
+def test_empty_shards(rows, keys):
+    q, k, v, dout = make_inputs((1, rows, 2, 16), (1, keys, 2, 16), 16, torch.float32)
+    out, lse = KERNEL.forward(q, k, v, Segments(), scale=0.3)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    grads = KERNEL.backward(dout, q, k, v, out, lse, row_delta(dout, out), Segments(), scale=0.3)
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_bit_equal_from_run_to_run(tiling):
+    inputs = make_inputs((1, 40, 4, 16), (1, 40, 2, 16), 16, torch.float16)
+    segments = Segments([Segment(0, 40, 0, 40, 0)])
+    first, second = (attend(KERNEL, inputs, segments, 0.3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_refusals_say_why():
+    x = torch.zeros(1, 4, 2, 16, device=DEVICE)
+    assert "not torch.float64" in (KERNEL.refuses(*3 * [x.double()]) or "")
+    wide = x.new_zeros(1, 4, 2, 264)
+    assert "head dims go up to 256, got 264" in (KERNEL.refuses(wide, wide, x) or "")
+    with pytest.raises(ValueError, match="scale must be positive"):
+        KERNEL.forward(x, x, x, Segments([Segment(0, 4, 0, 4, 0)]), scale=0.0)
+
+
+def test_every_input_has_a_tiling():
+    for family in ("sm_80", "sm_86", "sm_90", "sm_100", "other"):
+        for name in PASSES:
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for head_dim in (1, 32, 80, 96, 128, 192, 256):
+                    tiling = tiling_for(name, family, dtype, head_dim, 1000)
+                    assert tiling in TABLE.values()
+                    assert not (tiling.tma and family in ("sm_80", "sm_86", "other"))
