@@ -2,10 +2,11 @@
 
     python -m ringattn.kernels.measure --head-dim 128 --length 8192 32768 --out sweep.json
 
-Each tiling gets a process of its own, with a deadline: it compiles, is held against torch on a small problem, must
-give the same bits ten times, and only then takes its turn on the GPU; others compile meanwhile. What is printed last
-are the best tilings, as rows of `tuning.TABLE`. Figures are medians of causal attention; "of cuDNN" is cuDNN's time
-for the whole forward or backward, measured just before in the same process, over ours.
+Each tiling gets processes of its own, with deadlines. First all tilings, side by side, compile, are held against torch
+on a small problem and must give the same bits ten times. Those that pass are then timed one after the other, with the
+GPU to themselves. What is printed last are the best tilings, as rows of `tuning.TABLE`. Figures are medians of causal
+attention; "of cuDNN" is cuDNN's time for the whole forward or backward, measured just before in the same process, over
+ours.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .tuning import LONG, PASSES, Key, Tiling, architecture, tiling_for
 __all__ = ["main"]
 
 DEADLINE = 150  # seconds for one tiling, waiting for its turn included
+CHECK, TIME = "check", "time"
 PEERS = {"cudnn": CudnnKernel(), "fa2": AtenKernel()}
 PRODUCTS = {"forward": 2, "key gradients": 4, "query gradients": 3, "backward": 5}
 
@@ -148,16 +150,18 @@ def check(name: str, shape: Shape) -> None:
         raise AssertionError(f"{name} differs from run to run")
 
 
-def take_turn(name: str, tiling: Tiling | None, shapes: list[Shape], turn: str) -> dict:
-    """Measures a pass with a tiling of its own, or with the table's: {length: figures}."""
+def take_turn(what: str, name: str, tiling: Tiling | None, shapes: list[Shape], turn: str) -> dict:
+    """Checks or times a pass with a tiling of its own, or with the table's: {length: figures}."""
     from . import triton_launch
 
     if tiling is not None:
         triton_launch.tiling_for = lambda other, *key: tiling if other == name else tiling_for(other, *key)
-    check(name, shapes[0])
-    for shape in shapes:
-        Problem(shape).ours(name)()
-    torch.cuda.synchronize()
+    if what == CHECK:
+        check(name, shapes[0])
+        for shape in shapes:
+            Problem(shape).ours(name)()  # into the compiler's cache
+        torch.cuda.synchronize()
+        return {}
     result = {}
     direction = "forward" if name == "forward" else "backward"
     with open(turn, "w") as lock:
@@ -176,14 +180,12 @@ def take_turn(name: str, tiling: Tiling | None, shapes: list[Shape], turn: str) 
 def candidates(name: str, family: str) -> list[Tiling]:
     """What is worth trying. Tiles that are known to spill registers or to serialise the matrix units are left out."""
     if name == "forward":
-        sizes = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4)]
-        sizes += [(64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2)]
+        sizes = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4)]
+        sizes += [(128, 32, 4, 3), (128, 32, 4, 4), (64, 64, 4, 2)]
     elif name == "key gradients":
-        sizes = [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 2)]
-        sizes += [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3)]
+        sizes = [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (32, 64, 4, 3)]
     else:
-        sizes = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 32, 8, 3)]
-        sizes += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3)]
+        sizes = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (128, 64, 4, 2)]
     pointers = [Tiling(*size) for size in (sizes[:2] if family == "sm_90" else sizes)]
     if family in ("sm_80", "sm_86", "other"):
         return pointers
@@ -191,9 +193,9 @@ def candidates(name: str, family: str) -> list[Tiling]:
     return [*(t._replace(ahead=True) for t in described if name == "forward"), *described, *pointers]
 
 
-def run_apart(name: str, tiling: Tiling | None, shapes: list[Shape], turn: str) -> dict:
+def run_apart(what: str, name: str, tiling: Tiling | None, shapes: list[Shape], turn: str) -> dict:
     """`take_turn` in a process of its own: {"tiling", "figures"} or {"tiling", "failed"}."""
-    task = json.dumps([name, tiling, shapes, turn])
+    task = json.dumps([what, name, tiling, shapes, turn])
     command = [sys.executable, "-m", "ringattn.kernels.measure", "--task", task]
     answer: dict = {"pass": name, "tiling": tiling}
     try:
@@ -247,16 +249,19 @@ def main() -> None:
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
-        name, tiling, shapes, turn = json.loads(options.task)
+        what, name, tiling, shapes, turn = json.loads(options.task)
         tiling = None if tiling is None else Tiling(*tiling)
-        print(json.dumps(take_turn(name, tiling, [Shape(*shape) for shape in shapes], turn)))
+        print(json.dumps(take_turn(what, name, tiling, [Shape(*shape) for shape in shapes], turn)))
         return
     shapes = [Shape(length, options.head_dim, options.batch, *options.heads) for length in options.length]
     family = architecture(torch.device("cuda", 0))
     tasks = [(name, tiling) for name in options.passes for tiling in candidates(name, family)]
     tasks += [("forward", None), ("backward", None)]
     with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(max((os.cpu_count() or 2) - 3, 1)) as pool:
-        answers = list(pool.map(lambda task: run_apart(*task, shapes, turn.name), tasks))
+        checks = list(pool.map(lambda task: run_apart(CHECK, *task, shapes, turn.name), tasks))
+        passed = [task for task, answer in zip(tasks, checks, strict=True) if "failed" not in answer]
+        answers = [answer for answer in checks if "failed" in answer]
+        answers += pool.map(lambda task: run_apart(TIME, *task, shapes, turn.name), passed)
     if options.out:
         options.out.write_text(json.dumps({"family": family, "shapes": shapes, "answers": answers}, indent=1))
     tell(shapes, answers, family)
