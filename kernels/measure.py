@@ -154,14 +154,13 @@ def take_turn(name: str, tiling: Tiling | None, shapes: list[Shape], turn: str) 
 
     if tiling is not None:
         triton_launch.tiling_for = lambda other, *key: tiling if other == name else tiling_for(other, *key)
-    check(name, shapes[0])
-    for shape in shapes:
-        Problem(shape).ours(name)()
+    Problem(shapes[0]._replace(length=256)).ours(name)()  # compiles; what follows needs the GPU for itself
     torch.cuda.synchronize()
     result = {}
     direction = "forward" if name == "forward" else "backward"
     with open(turn, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        check(name, shapes[0])
         for shape in shapes:
             problem = Problem(shape)
             figures = {"cudnn": milliseconds(problem.peer("cudnn", direction), 0.1)}
@@ -248,8 +247,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.task:
         name, tiling, shapes, turn = json.loads(options.task)
-        tiling = None if tiling is None else Tiling(*tiling)
-        print(json.dumps(take_turn(name, tiling, [Shape(*shape) for shape in shapes], turn)))
+        tiling = None if tiling is None else Tiling._make(tiling)
+        print(json.dumps(take_turn(name, tiling, [Shape._make(shape) for shape in shapes], turn)))
         return
     shapes = [Shape(length, options.head_dim, options.batch, *options.heads) for length in options.length]
     family = architecture(torch.device("cuda", 0))

@@ -14,6 +14,8 @@ computes transposed blocks, [keys, rows], so that P^T and dS^T already lie where
 operand. Names as in `triton_forward.py`.
 """
 
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 

@@ -13,6 +13,8 @@ Rows are split between warps and keys are not, so warps never exchange partial r
 Names: p_ pointer, b_ block in registers, o_ offsets inside a block, i_ index.
 """
 
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
