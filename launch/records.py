@@ -27,11 +27,12 @@ def circumstances(gpus: int) -> dict[str, Any]:
 
     The commit is git's, or the environment's RINGATTN_COMMIT where the code runs outside a checkout.
     """
+    told = os.environ.get("RINGATTN_COMMIT")
     cuda = torch.cuda.is_available()
     return {
         "date": date.today().isoformat(),
-        "commit": os.environ.get("RINGATTN_COMMIT") or git("rev-parse", "--short=12", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain")),
+        "commit": told or git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "dirty": told is None and bool(git("status", "--porcelain")),
         "gpu": torch.cuda.get_device_name() if cuda else "none",
         "gpus": gpus if cuda else 0,
         "ringattn": ringattn.__version__,
