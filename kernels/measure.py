@@ -250,7 +250,8 @@ def main() -> None:
         tiling = None if tiling is None else Tiling._make(tiling)
         print(json.dumps(take_turn(name, tiling, [Shape._make(shape) for shape in shapes], turn)))
         return
-    shapes = [Shape(length, options.head_dim, options.batch, *options.heads) for length in options.length]
+    q_heads, kv_heads = options.heads
+    shapes = [Shape(length, options.head_dim, options.batch, q_heads, kv_heads) for length in options.length]
     family = architecture(torch.device("cuda", 0))
     tasks = [(name, tiling) for name in options.passes for tiling in candidates(name, family)]
     tasks += [("forward", None), ("backward", None)]
