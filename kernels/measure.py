@@ -253,10 +253,12 @@ def main() -> None:
     q_heads, kv_heads = options.heads
     shapes = [Shape(length, options.head_dim, options.batch, q_heads, kv_heads) for length in options.length]
     family = architecture(torch.device("cuda", 0))
-    tasks = [(name, tiling) for name in options.passes for tiling in candidates(name, family)]
+    tasks: list[tuple[str, Tiling | None]] = [
+        (name, tiling) for name in options.passes for tiling in candidates(name, family)
+    ]
     tasks += [("forward", None), ("backward", None)]
     with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(max((os.cpu_count() or 2) - 3, 1)) as pool:
-        answers = list(pool.map(lambda task: run_apart(*task, shapes, turn.name), tasks))
+        answers = list(pool.map(lambda task: run_apart(task[0], task[1], shapes, turn.name), tasks))
     if options.out:
         options.out.write_text(json.dumps({"family": family, "shapes": shapes, "answers": answers}, indent=1))
     tell(shapes, answers, family)
