@@ -8,13 +8,14 @@ from torch import Tensor
 
 from .aten import AtenKernel, CudnnKernel
 from .interface import Kernel
+from .portable import TritonKernel
 from .reference import ReferenceKernel
 
 __all__ = ["KERNELS", "Choice", "choose_kernel"]
 
-ALL: tuple[Kernel, ...] = (AtenKernel(), CudnnKernel(), ReferenceKernel())
+ALL: tuple[Kernel, ...] = (TritonKernel(), AtenKernel(), CudnnKernel(), ReferenceKernel())
 KERNELS = {kernel.name: kernel for kernel in ALL}
-PREFERENCE = ("aten", "reference")
+PREFERENCE = ("triton", "aten", "reference")
 
 
 class Choice(NamedTuple):

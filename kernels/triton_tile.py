@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["last_key_seen", "load_block", "locate", "run_at"]
+__all__ = ["dot_rows", "last_key_seen", "load_block", "locate", "run_at"]
 
 
 @triton.jit
@@ -53,3 +53,26 @@ def load_block(x, x_desc, i_b, i_h, stride, start, valid, D: tl.constexpr, BLOCK
             return tl.load(p_x, mask=o_row < valid, other=0.0)
         else:
             return tl.load(p_x, mask=(o_row < valid) & (o_d < D), other=0.0)
+
+
+@triton.jit
+def dot_rows(b_a, b_b, PRECISION: tl.constexpr):
+    """[M, N]: every row of a [M, D] times every row of b [N, D].
+
+    In fp32 the products of a row are summed one after the other, so a wide one is summed in two halves: the error of a
+    chain of sums grows with its length.
+    """
+    if b_a.dtype == tl.float32 and b_a.shape[1] > 128:
+        b_a0, b_a1 = halves(b_a)
+        b_b0, b_b1 = halves(b_b)
+        first = tl.dot(b_a0, tl.trans(b_b0), input_precision=PRECISION)
+        return first + tl.dot(b_a1, tl.trans(b_b1), input_precision=PRECISION)
+    else:
+        return tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+
+
+@triton.jit
+def halves(b_x):
+    """The left and the right half of the columns."""
+    b_split = tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2]), [0, 2, 1])
+    return tl.split(b_split)

@@ -48,7 +48,7 @@ class NamedTarget:
 
 def compiled_by(capability: int, call) -> list:
     """The kernels that `call` would launch on such a GPU."""
-    driver.set_active(NamedTarget(capability))
+    driver.set_active(NamedTarget(capability))  # pyright: ignore[reportArgumentType]
     kernels, run = [], JITFunction.run
 
     def compile_only(self, *args, warmup, **options):

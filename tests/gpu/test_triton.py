@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -178,7 +178,7 @@ def test_against_fp64(model: Model):
     for seed in range(CASES):
         q, dout, pieces, scale = make_case(model, seed)
         refused = AtenKernel().refuses(q, pieces[0].k, pieces[0].v)
-        baseline_kernel = RoundedKernel() if refused else AtenKernel()
+        baseline_kernel: Any = RoundedKernel() if refused else AtenKernel()
         exact = [Piece(k.double(), v.double(), segments) for k, v, segments in pieces]
         expected = attend(ReferenceKernel(), q.double(), dout.double(), exact, scale)
         baseline = attend(baseline_kernel, q, dout, pieces, scale)

@@ -6,8 +6,8 @@ an int.
 """
 
 import numpy as np
-import triton
 import triton.language as tl
+from triton import knobs
 from triton.runtime import interpreter
 
 __all__ = ["repair"]
@@ -23,7 +23,7 @@ def widened(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
 def repair() -> None:
     """Patches the interpreter of this process, and lets it divide by zero as quietly as a GPU does."""
     np.seterr(divide="ignore", invalid="ignore")
-    assert triton.knobs.runtime.interpret, "triton was imported before the interpreter was chosen"
+    assert knobs.runtime.interpret, "triton was imported before the interpreter was chosen"
     multiply, patch = interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def create_dot(self, a, b, *rest):
@@ -33,5 +33,5 @@ def repair() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)  # noqa: B010
     interpreter._patch_lang_tensor = patch_lang_tensor

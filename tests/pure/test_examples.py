@@ -11,6 +11,7 @@ MODULES = [
     "ringattn.kernels.aten",
     "ringattn.kernels.merge",
     "ringattn.kernels.segments",
+    "ringattn.kernels.tiles",
     "ringattn.layout",
     "ringattn.mask",
     "ringattn.plan",

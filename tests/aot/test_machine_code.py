@@ -1,0 +1,86 @@
+"""The shipped tilings compile to what they should for GPUs that are not there: matrix instructions, no spilled
+registers, no more shared memory than there is.
+
+RINGATTN_TRITONS names folders with further releases of Triton, separated by colons:
+
+    pip install --no-deps --target /tmp/triton-3.9.0 triton==3.9.0
+    RINGATTN_TRITONS=/tmp/triton-3.9.0 pytest tests/aot
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.timeout(600),
+]
+
+ROOT = Path(__file__).parents[2]
+RELEASES = ["", *filter(None, os.environ.get("RINGATTN_TRITONS", "").split(":"))]  # "": the one that is installed
+KERNELS = ("forward_kernel", "key_gradients_kernel", "query_gradients_kernel")
+
+
+class Target(NamedTuple):
+    """What the code for an architecture must hold, and the shared memory that a block may take."""
+
+    head_dims: tuple[int, ...]
+    matrix: str
+    copy: str
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target((64, 128), "HMMA", "LDGSTS", 163 << 10),
+    "sm_90": Target((64, 128), "HGMMA", "UTMALDG", 227 << 10),
+    "sm_100": Target((64, 128), "UTCHMMA", "UTMALDG", 227 << 10),
+}
+
+
+def compile_for(release: str, architecture: str) -> list[dict]:
+    path = os.pathsep.join(filter(None, (str(ROOT), release)))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    head_dims = map(str, TARGETS[architecture].head_dims)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "aot" / "report.py", architecture, *head_dims],
+        env=environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[tuple[str, str], list[dict]]:
+    """Everything compiled, as many at once as there are processors."""
+    builds = [(release, architecture) for release in RELEASES for architecture in TARGETS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(builds, pool.map(lambda build: compile_for(*build), builds), strict=True))
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("release", RELEASES)
+def test_shipped_tilings(reports, release: str, architecture: str):
+    target = TARGETS[architecture]
+    lines = reports[release, architecture]
+    assert len(lines) == len(KERNELS) * len(target.head_dims)
+    for line in lines:
+        name = f"{line['kernel']} at head dim {line['head_dim']}, triton {line['triton']}"
+        opcodes = line["opcodes"]
+        assert line["stack"] == 0, f"{name}: {line['stack']} bytes of registers spilled"
+        assert not {"LDL", "STL"} & opcodes.keys(), f"{name}: spills"
+        assert opcodes.get(target.matrix, 0) > 0, f"{name}: no {target.matrix}"
+        assert opcodes.get(target.copy, 0) > 0, f"{name}: no {target.copy}"
+        assert line["shared"] <= target.shared, f"{name}: {line['shared']} bytes of shared memory"
+        if architecture == "sm_90":  # more waits than instructions: the assembler gave up on overlapping them
+            assert opcodes["HGMMA"] > opcodes["WARPGROUP"], f"{name}: matrix instructions are serialised"
