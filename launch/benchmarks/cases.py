@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def describe(case: Case) -> str:
     return f"{case.batch}/{case.q_heads}:{case.kv_heads}/{case.head_dim}/{case.seq_len}/{mask_of(case)}"
 
 
-def shape_of(case: Case) -> dict[str, object]:
+def shape_of(case: Case) -> dict[str, Any]:
     """A case in the fields of a record."""
     keys = ("batch", "q_heads", "kv_heads", "seq_len", "head_dim")
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
