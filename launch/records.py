@@ -35,6 +35,7 @@ def circumstances(gpus: int) -> dict[str, Any]:
         "dirty": told is None and bool(git("status", "--porcelain")),
         "gpu": torch.cuda.get_device_name() if cuda else "none",
         "gpus": gpus if cuda else 0,
+        "driver": driver(),
         "ringattn": ringattn.__version__,
         "torch": torch.__version__,
         "triton": version_of("triton"),
@@ -49,6 +50,15 @@ def git(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver; "none" where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "none"
 
 
 def version_of(package: str) -> str:

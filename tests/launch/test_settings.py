@@ -14,7 +14,7 @@ from ringattn.launch import settings
 GROUPS = [
     f"{path.parent.name}={path.stem}"
     for path in sorted(Path(ringattn.conf.__path__[0]).glob("*/*.yaml"))
-    if path.parent.name != "hydra"
+    if path.parent.name != "bench"
 ]
 settings.register()
 

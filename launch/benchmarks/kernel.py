@@ -1,0 +1,188 @@
+"""bench=kernel: local attention on one GPU, ours and the peers', on the same inputs in one run.
+
+Whatever an implementation computes is compared with fp64 before it is timed. Then all of them take turns in shuffled
+order, some rounds of that, so that a GPU that warms up or is shared does no one a favour.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..gang import Place
+from ..oracle import Case, make_inputs
+from ..records import circumstances
+from ..settings import Parallel, require, require_one_of
+from .cases import DTYPES, PASSES, describe, named_case, shape_of, tera_operations
+from .implementations import Implementation, local_implementations
+from .truth import Truth
+from .workers import Failed, Worker, preload, tensors
+
+__all__ = ["KernelBench", "measure"]
+
+SPECIFICATION = "ringattn-reference"  # eager, and not meant to be fast: measured only if asked for by name
+LEAST_SAMPLES, MOST_SAMPLES = 2, 100  # of one implementation and pass in one round
+
+
+@dataclass(kw_only=True)
+class KernelBench:
+    """Which cases, which passes, how long."""
+
+    bench: str = "kernel"
+    cases: list[str] = field(default_factory=list)  # batch/q_heads:kv_heads/head_dim/seq_len/mask
+    dtype: str = "auto"  # auto: bf16 on GPUs, else fp32
+    passes: list[str] = field(default_factory=lambda: list(PASSES))
+    implementations: list[str] = field(default_factory=list)  # empty: all but the specification
+    rounds: int = 2
+    budget_ms: float = 200.0  # for one implementation and pass in one round
+    patience: float = 120.0  # seconds until an implementation that does not answer is ended
+    seed: int = 0
+    record: str | None = None  # a file of JSON lines to add the results to
+    parallel: Parallel = field(default_factory=lambda: Parallel(ranks=1))
+
+    def __post_init__(self) -> None:
+        for text in self.cases:
+            named_case(text)
+        require_one_of("dtype", self.dtype, ("auto", *DTYPES))
+        for key, names in (("passes", PASSES), ("implementations", local_implementations())):
+            for name in getattr(self, key):
+                require_one_of(key, name, tuple(names))
+        require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        require(self.budget_ms > 0, "budget_ms", self.budget_ms, "more than 0")
+        require(self.patience > 0, "patience", self.patience, "more than 0 seconds")
+        require(self.parallel.ranks == 1, "parallel.ranks", self.parallel.ranks, "1: bench=kernel measures one GPU")
+
+    def chosen(self) -> list[Implementation]:
+        known = local_implementations()
+        names = self.implementations or [name for name in known if name != SPECIFICATION]
+        return [known[name] for name in names]
+
+    def named_cases(self, device: torch.device) -> list[Case]:
+        auto = "bf16" if device.type == "cuda" else "fp32"
+        return [named_case(text, DTYPES[auto if self.dtype == "auto" else self.dtype]) for text in self.cases]
+
+
+def run(settings: KernelBench, place: Place) -> list[dict[str, Any]]:
+    """The records of this bench; prints what gets no figure, and why."""
+    preload()
+    return measure(settings.chosen(), settings.named_cases(place.device), settings, place.device)
+
+
+def measure(
+    implementations: list[Implementation], cases: list[Case], settings: KernelBench, device: torch.device
+) -> list[dict[str, Any]]:
+    """A record for every case, implementation and pass that gave a right result in time."""
+    common = circumstances(1) | {"bench": settings.bench}
+    workers: dict[str, Worker] = {}
+    records = []
+    try:
+        for number, case in enumerate(cases):
+            began = time.monotonic()
+            for each in implementations:  # one that was ended starts anew
+                if each.name not in workers:
+                    workers[each.name] = Worker(each, device)
+            contest = Contest(workers, case, settings)
+            contest.load()
+            contest.check(device)
+            records += [common | row for row in contest.take_turns()]
+            print(f"{describe(case)}: case {number + 1} of {len(cases)}, {time.monotonic() - began:.1f} s", flush=True)
+    finally:
+        for worker in workers.values():
+            worker.end()
+    return records
+
+
+class Contest:
+    """One case, and the implementations that are still in the running for a figure."""
+
+    def __init__(self, workers: dict[str, Worker], case: Case, settings: KernelBench):
+        self.workers, self.case, self.settings = workers, case, settings
+        self.running = list(workers)
+
+    def exclude(self, name: str, reason: str) -> None:
+        self.running.remove(name)
+        print(f"{describe(self.case)}: no figure for {name}: {reason}", flush=True)
+
+    def tell_all(self, command: str, *arguments: Any) -> None:
+        for name in self.running:
+            self.workers[name].tell(command, *arguments)
+
+    def hear(self, name: str) -> Any:
+        """What the worker answered, or None if it is out for not answering."""
+        try:
+            return self.workers[name].hear(self.settings.patience)
+        except Failed as failure:
+            self.exclude(name, str(failure))
+            self.workers.pop(name).end()
+            return None
+
+    def load(self) -> None:
+        """Inputs for all, at once; some refuse them."""
+        self.tell_all("load", self.case, self.settings.seed)
+        for name in list(self.running):
+            refusal = self.hear(name)
+            if refusal is not None:
+                self.exclude(name, refusal)
+
+    def check(self, device: torch.device) -> None:
+        """All compute, compile and warm up at once; those that compute something else than attention are out."""
+        case = self.case
+        batch, group = case.batch - 1, case.kv_heads - 1  # the last of all, whose addresses are the highest
+        self.tell_all("check", batch, group)
+        truth = Truth(case, make_inputs(case, self.settings.seed, device), batch, group)
+        for name in list(self.running):
+            heads = self.hear(name)
+            if heads is None:
+                continue
+            faults = truth.faults(tensors(heads, case.dtype))
+            if faults:
+                told = (f"{part} errs {error:.1e}, allowed {allowed:.1e}" for part, (error, allowed) in faults.items())
+                self.exclude(name, "wrong: " + ", ".join(told))
+        del truth
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # a worker may need it
+
+    def take_turns(self) -> list[dict[str, Any]]:
+        """Times everybody, in another order each round."""
+        times: dict[tuple[str, str], list[float]] = {}
+        memory: dict[tuple[str, str], float | None] = {}
+        order = random.Random(self.settings.seed)
+        for _ in range(self.settings.rounds):
+            turns = [(name, which) for name in self.running for which in self.settings.passes]
+            order.shuffle(turns)
+            for name, which in turns:
+                if name not in self.running:
+                    continue  # it failed earlier in this round
+                self.workers[name].tell("measure", which, self.settings.budget_ms, LEAST_SAMPLES, MOST_SAMPLES)
+                answer = self.hear(name)
+                if answer is not None:
+                    samples, memory[name, which] = answer
+                    times.setdefault((name, which), []).extend(samples)
+        return [
+            row(self.case, name, which, times[name, which], memory[name, which])
+            for name in self.running
+            for which in self.settings.passes
+        ]
+
+
+def row(case: Case, name: str, which: str, samples: list[float], memory: float | None) -> dict[str, Any]:
+    """A measurement in the fields of a record."""
+    middle = median(samples)
+    return (
+        {"impl": name}
+        | shape_of(case)
+        | {
+            "pass": which,
+            "median_ms": middle,
+            "min_ms": min(samples),
+            "max_ms": max(samples),
+            "tflops_per_gpu": 1e3 * tera_operations(case, which) / middle,
+            "efficiency": None,  # of several GPUs against one
+            "peak_memory_gib": memory,
+        }
+    )

@@ -1,0 +1,83 @@
+"""Whether a result is right at full length: one key/value head of it, against fp64.
+
+Of the whole matrix only some rows are held at a time, so this works at any length:
+
+    per rows I:   S = scale Q_I K^T    P = softmax S    O_I = P V    dP = dO_I V^T    dS = P (dP - rowsum(dO_I O_I))
+                  dQ_I = scale dS K    dK += scale dS^T Q_I          dV += P^T dO_I
+
+The same in fp32, with everything rounded that a kernel must round to the inputs' dtype (P and dS as factors of a
+product, out and the gradients in the end), says how much error is no fault: a kernel may err twice as much in out,
+and three times as much in gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..oracle import Case, Inputs, Result, allowed_error, error
+
+__all__ = ["Truth", "one_head"]
+
+MATRIX_BYTES = 2**31  # of one matrix of some rows
+FACTORS = (2.0, 3.0, 3.0, 3.0)  # out, dq, dk, dv
+
+
+def one_head(x: Inputs | Result, batch: int, group: int, groups: int) -> list[Tensor]:
+    """One key/value head and the query heads that share it, [H/G, L, D] or [1, L, D] each."""
+    parts = []
+    for tensor in x:
+        width = tensor.shape[2] // groups
+        parts.append(tensor[batch, :, group * width : (group + 1) * width].transpose(0, 1))
+    return parts
+
+
+def attend(
+    x: list[Tensor], causal: bool, scale: float, dtype: torch.dtype, rounded: Callable[[Tensor], Tensor]
+) -> Result:
+    """Forward and backward of one key/value head, computed in `dtype`; [H/G, L, D] or [1, L, D] each."""
+    q, k, v, dout = (tensor.to(dtype) for tensor in x)
+    heads, length, _ = q.shape
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    outs, dqs = [], []
+    step = max(1, min(length, MATRIX_BYTES // (heads * length * dtype.itemsize)))
+    for start in range(0, length, step):
+        rows = slice(start, min(start + step, length))
+        keys = slice(0, rows.stop if causal else length)
+        p = q[:, rows] @ k[:, keys].mT * scale
+        if causal:
+            last = torch.arange(start, rows.stop, device=q.device)[:, None]
+            p.masked_fill_(torch.arange(rows.stop, device=q.device) > last, -torch.inf)
+        p = p.softmax(-1)
+        out = rounded(rounded(p) @ v[:, keys])
+        ds = dout[:, rows] @ v[:, keys].mT
+        ds = rounded(ds.sub_((dout[:, rows] * out).sum(-1, keepdim=True)).mul_(p))
+        outs.append(out)
+        dqs.append(ds @ k[:, keys] * scale)
+        dk[:, keys] += (ds.mT @ q[:, rows] * scale).sum(0, keepdim=True)
+        dv[:, keys] += (rounded(p).mT @ dout[:, rows]).sum(0, keepdim=True)
+    return Result(*(rounded(part) for part in (torch.cat(outs, 1), torch.cat(dqs, 1), dk, dv)))
+
+
+class Truth:
+    """What one key/value head of a case must be, and how far from it a result may be."""
+
+    def __init__(self, case: Case, inputs: Inputs, batch: int, group: int):
+        self.batch, self.group = batch, group
+        x = one_head(inputs, batch, group, case.kv_heads)
+        scale = case.head_dim**-0.5
+        self.right = attend(x, case.causal, scale, torch.float64, lambda part: part)
+        wide = torch.promote_types(case.dtype, torch.float32)
+        rough = attend(x, case.causal, scale, wide, lambda part: part.to(case.dtype).to(wide))
+        pairs = zip(rough, self.right, FACTORS, strict=True)
+        self.allowed = [allowed_error(part.to(case.dtype), right, factor, floor=0.0) for part, right, factor in pairs]
+
+    def faults(self, got: list[Tensor]) -> dict[str, tuple[float, float]]:
+        """(error, allowed) of the parts that err too much or hold a NaN; `got` is that head of a result."""
+        errors = {
+            name: (error(part.to(right.device), right, floor=0.0), allowed)
+            for name, part, right, allowed in zip(Result._fields, got, self.right, self.allowed, strict=True)
+        }
+        return {name: (measured, allowed) for name, (measured, allowed) in errors.items() if not measured <= allowed}

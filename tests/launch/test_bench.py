@@ -1,0 +1,164 @@
+"""Benches: only what is right gets a figure, and everything else is named with its reason."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ringattn.kernels.aten import AtenKernel
+from ringattn.launch.benchmarks import implementations, kernel
+from ringattn.launch.benchmarks.cases import describe, named_case, tera_operations
+from ringattn.launch.benchmarks.truth import Truth, one_head
+from ringattn.launch.oracle import Case, attend_on_one_rank, make_inputs
+
+CPU = torch.device("cpu")
+TOY = "2/4:2/16/100/causal"
+FIELDS = {
+    *("date", "commit", "gpu", "gpus", "torch", "triton", "run", "bench", "impl"),
+    *("batch", "q_heads", "kv_heads", "seq_len", "head_dim", "mask", "dtype", "pass"),
+    *("median_ms", "tflops_per_gpu", "efficiency", "peak_memory_gib"),
+    *("dirty", "driver", "ringattn", "min_ms", "max_ms"),
+}
+
+
+class Slightly(implementations.Ours):
+    """Right, but for a part of one gradient."""
+
+    def __init__(self):
+        super().__init__("aten")
+        self.name = "wrong"
+
+    def backward(self, x, saved, case):
+        dq, dk, dv = super().backward(x, saved, case)
+        return dq, dk * 1.001, dv
+
+
+class Unfinished(Slightly):
+    def forward(self, x, case):
+        saved = super().forward(x, case)
+        saved[0][0, -1, 0, -1] = torch.nan
+        return saved
+
+
+class Hanging(Slightly):
+    def forward(self, x, case):
+        time.sleep(60)
+
+
+class Dying(Slightly):
+    def forward(self, x, case):
+        os._exit(7)
+
+
+class Refusing(Slightly):
+    def refuses(self, x, case):
+        return "it is Sunday"
+
+
+def measure(*entrants, cases=(TOY,), **options):
+    settings = kernel.KernelBench(cases=list(cases), dtype="fp32", rounds=1, budget_ms=1, **options)
+    return kernel.measure(list(entrants), settings.named_cases(CPU), settings, CPU)
+
+
+def test_a_figure_for_each_pass_in_exactly_these_fields():
+    records = measure(implementations.Ours("aten"), implementations.TorchMath(), cases=[TOY, "1/2:2/8/33/none"])
+    assert [(each["impl"], each["seq_len"], each["pass"]) for each in records] == [
+        (name, length, which)
+        for length in (100, 33)
+        for name in ("ringattn-aten", "torch-math")
+        for which in ("forward", "backward", "forward+backward")
+    ]
+    for each in records:
+        assert set(each) == FIELDS
+        assert 0 < each["min_ms"] <= each["median_ms"] <= each["max_ms"]
+    first = records[0]
+    assert (first["bench"], first["mask"], first["dtype"], first["head_dim"]) == ("kernel", "causal", "fp32", 16)
+    assert first["tflops_per_gpu"] == pytest.approx(2 * 2 * 2 * 4 * 16 * 100**2 / 2 / first["median_ms"] / 1e9)
+    assert len({each["run"] for each in records}) == 1
+
+
+@pytest.mark.parametrize(
+    ("entrant", "reason"),
+    [
+        (Slightly(), "wrong: dk errs"),
+        (Unfinished(), "ValueError: out holds values that are not finite"),
+        (Hanging(), "no answer within 5 s"),
+        (Dying(), "its process died with exit code 7"),
+        (Refusing(), "it is Sunday"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_no_figure_without_a_right_result(capsys, entrant, reason):
+    records = measure(
+        entrant,
+        implementations.Ours("aten"),
+        cases=[TOY, TOY],
+        passes=["forward"],
+        patience=5 if isinstance(entrant, Hanging) else 60,
+    )
+    assert [each["impl"] for each in records] == ["ringattn-aten"] * 2
+    assert capsys.readouterr().out.count(f"{TOY}: no figure for wrong: {reason}") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_truth_lets_torchs_kernel_pass_and_no_damage(dtype, causal):
+    case = Case(257, 2, 4, 2, 32, causal, dtype)
+    inputs = make_inputs(case, 0)
+    truth = Truth(case, inputs, batch=1, group=1)
+    result = attend_on_one_rank(AtenKernel(), case, inputs)
+    assert not truth.faults(one_head(result, 1, 1, 2))
+    assert set(truth.faults(one_head(result, 1, 0, 2))) == {"out", "dq", "dk", "dv"}
+    for part in range(4):
+        damaged = one_head(result, 1, 1, 2)
+        damaged[part] = damaged[part].clone()
+        damaged[part][:, -16:] = 0
+        assert len(truth.faults(damaged)) == 1
+
+
+def test_the_truth_in_pieces_is_the_same(monkeypatch):
+    from ringattn.launch.benchmarks import truth
+
+    case = Case(50, 1, 2, 1, 8)
+    whole = truth.Truth(case, make_inputs(case, 0), 0, 0).right
+    monkeypatch.setattr(truth, "MATRIX_BYTES", 2 * 50 * 8 * 7)  # seven rows at a time
+    torch.testing.assert_close(truth.Truth(case, make_inputs(case, 0), 0, 0).right, whole)
+
+
+def test_operations_are_counted_as_everybody_counts_them():
+    case = named_case("1/32:8/128/8192/none")
+    assert describe(case) == "1/32:8/128/8192/none"
+    assert tera_operations(case, "forward") == 4 * 32 * 128 * 8192**2 / 1e12
+    assert tera_operations(case, "forward+backward") == 3.5 * tera_operations(case, "forward")
+    assert tera_operations(case._replace(causal=True), "backward") == 1.25 * tera_operations(case, "forward")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cases": ["32768"]}, "cases=32768: expected batch/q_heads"),
+        ({"cases": ["1/3:2/8/8/causal"]}, "expected kv_heads that divide 3"),
+        ({"cases": ["1/2:2/8/8/diagonal"]}, "expected one of causal, none"),
+        ({"implementations": ["fa5"]}, "implementations=fa5: expected one of ringattn-"),
+        ({"passes": ["sideways"]}, "passes=sideways"),
+    ],
+)
+def test_wrong_requests_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        kernel.KernelBench(**options)
+
+
+def test_the_command_prints_a_table_and_appends_records(tmp_path: Path):
+    options = ["parallel.device=cpu", f"cases=[{TOY}]", "rounds=1", "budget_ms=1", "passes=[forward,backward]"]
+    command = [sys.executable, "-m", "ringattn.launch.bench", "bench=kernel", *options, f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run([*command, f"record={tmp_path}/k.jsonl"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert f"{TOY}: no figure for torch-fa2: runs on CUDA devices, not on cpu" in done.stdout
+    assert f"| {TOY} fp32 | ringattn-aten" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
+    assert len(records) == 4
