@@ -26,12 +26,12 @@ class TritonKernel:
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if find_spec("triton") is None:
             return "triton is not installed"
-        if q.device.type != "cuda":
-            return f"Triton kernels run on GPUs, not on {q.device.type}"
         if q.dtype not in DTYPES:
             return f"it takes bfloat16, float16 and float32, not {q.dtype}"
         if max(q.shape[-1], v.shape[-1]) > 256:
             return f"head dims go up to 256, got {q.shape[-1]} for q and k, {v.shape[-1]} for v"
+        if q.device.type != "cuda":
+            return f"Triton kernels run on GPUs, not on {q.device.type}"
         if torch.version.cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
             return "it needs compute capability 8.0, got {}.{}".format(*torch.cuda.get_device_capability(q.device))
         return None

@@ -3,6 +3,7 @@ right thing over random segments is in `test_kernels.py`; here with every way of
 
 import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,9 +20,7 @@ from tests.tolerance import assert_close
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = TritonKernel()
 
-pytestmark = pytest.mark.skipif(
-    KERNEL.refuses(*torch.zeros(3, 1, 1, 1, 8, device=DEVICE)) is not None, reason="needs Triton"
-)
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 TILINGS = {
     "pointers": Tiling(16, 16, 4, 2),
