@@ -19,7 +19,7 @@ operand. Names as in `triton_forward.py`.
 import triton
 import triton.language as tl
 
-from .triton_tile import dot_rows, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, last_key_seen, load_block, locate, run_at
 
 __all__ = ["key_gradients_kernel", "query_gradients_kernel"]
 
@@ -66,15 +66,15 @@ def key_gradients_kernel(
                 b_q = load_block(p_q, q_desc, i_b, i_h, stride_ql, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
                 b_do = load_block(p_do, dout_desc, i_b, i_h, stride_ol, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
                 b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
-                b_s = dot_rows(b_k, b_q, PRECISION)
-                b_dp = dot_rows(b_v, b_do, PRECISION)
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
                 if MASKED:
                     b_p = tl.where(o_row[None, :] >= (first_row - j)[:, None], b_p, 0.0)
-                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+                b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
                 b_delta = load_rows(delta + i_h.to(tl.int64) * ROWS + start + j, valid, 0.0, BLOCK_ROWS)
                 b_ds = b_p * (b_dp - b_delta[None, :])
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+                b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
 
     o_d = tl.arange(0, BLOCK_D)
     o_e = tl.arange(0, BLOCK_E)
@@ -121,13 +121,13 @@ def query_gradients_kernel(
                 valid = length - j if MASKED else None
                 b_k = load_block(k, k_desc, i_b, i_g, stride_km, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
                 b_v = load_block(v, v_desc, i_b, i_g, stride_vm, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
-                b_s = dot_rows(b_q, b_k, PRECISION)
-                b_dp = dot_rows(b_do, b_v, PRECISION)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
                 if MASKED:
                     b_p = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_p, 0.0)
                 b_ds = b_p * (b_dp - b_delta[:, None])
-                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+                b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
 
     o_row = tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)

@@ -8,7 +8,7 @@ maximum m and sum l of the exponentials (base 2, the scale folded into the expon
     out = acc / l            lse = ln 2 (m + log2 l)
 
 Rows are split between warps and keys are not, so warps never exchange partial results (arXiv:2307.08691, section
-3.3). With MERGE the epilogue folds (out, lse) into a running pair, in fp32.
+3.3). A running pair (out, lse) to merge with is where a row starts: acc = out, m = lse / ln 2, l = 1; all in fp32.
 
 Names: p_ pointer, b_ block in registers, o_ offsets inside a block, i_ index.
 """
@@ -18,12 +18,13 @@ Names: p_ pointer, b_ block in registers, o_ offsets inside a block, i_ index.
 import triton
 import triton.language as tl
 
-from .triton_tile import dot_rows, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, last_key_seen, load_block, locate, run_at
 
 __all__ = ["forward_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum over nothing; unlike -inf, it may be subtracted from -inf
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -35,7 +36,7 @@ def forward_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     MERGE: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of every tile in `tiles`; `before` is the running out that they merge with, `lse` holds its lse."""
+    """out and lse of every tile in `tiles`; with MERGE, `before` and `lse` hold what was seen before."""
     i_tile, i_b, i_h = locate(HEADS)
     i_g = i_h // GROUP
     p_tile = tiles + 4 * i_tile
@@ -47,9 +48,21 @@ def forward_kernel(
 
     o_key = tl.arange(0, BLOCK_KEYS)
     b_q = load_block(q, None, i_b, i_h, stride_ql, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
-    b_m = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
-    b_l = tl.zeros([BLOCK_ROWS], tl.float32)
-    b_acc = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+    o_row = tl.arange(0, BLOCK_ROWS)
+    o_e = tl.arange(0, BLOCK_E)
+    real = o_row < ROWS - row0
+    inside = real[:, None] & (o_e < E)[None, :]
+    p_lse = lse + i_b.to(tl.int64) * stride_lb + i_h.to(tl.int64) * stride_lh + row0 + o_row
+    if MERGE:  # what was seen before weighs 2^m in all
+        before += i_b.to(tl.int64) * stride_bb + i_h.to(tl.int64) * stride_bh + row0.to(tl.int64) * stride_bl
+        b_acc = tl.load(before + o_row[:, None] * stride_bl + o_e[None, :], mask=inside, other=0.0)
+        b_m = tl.load(p_lse, mask=real, other=-float("inf")) * LOG2E
+        b_l = tl.where(b_m == -float("inf"), 0.0, 1.0)
+        b_m = tl.maximum(b_m, LOWEST)
+    else:
+        b_acc = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+        b_m = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
+        b_l = tl.zeros([BLOCK_ROWS], tl.float32)
     for MASKED in tl.static_range(2):
         # Hoisting out of this loop what is used once per run would only cost registers inside it.
         for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
@@ -60,62 +73,43 @@ def forward_kernel(
                 tl.assume(length > 0)
                 last = start + length - BLOCK_KEYS
                 b_k = load_block(k, k_desc, i_b, i_g, stride_km, start, None, D, BLOCK_KEYS, BLOCK_D)
-                b_s = dot_rows(b_q, b_k, PRECISION)
-                b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2, MASKED)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                 key = tl.minimum(start + BLOCK_KEYS, last)
                 b_k = load_block(k, k_desc, i_b, i_g, stride_km, key, None, D, BLOCK_KEYS, BLOCK_D)
-                b_s = dot_rows(b_q, b_k, PRECISION)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
                 for j in range(0, length, BLOCK_KEYS):
                     b_v = load_block(v, v_desc, i_b, i_g, stride_vm, start + j, None, E, BLOCK_KEYS, BLOCK_E)
                     b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
-                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2, MASKED)
+                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                     key = tl.minimum(start + j + 2 * BLOCK_KEYS, last)
                     b_k = load_block(k, k_desc, i_b, i_g, stride_km, key, None, D, BLOCK_KEYS, BLOCK_D)
-                    b_s = dot_rows(b_q, b_k, PRECISION)
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             else:
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
                 for j in range(0, length, BLOCK_KEYS):
                     valid = length - j if MASKED else None
                     b_k = load_block(k, k_desc, i_b, i_g, stride_km, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
-                    b_s = dot_rows(b_q, b_k, PRECISION)
+                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
                     if MASKED:
                         b_s = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_s, -float("inf"))
-                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2, MASKED)
+                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                     b_v = load_block(v, v_desc, i_b, i_g, stride_vm, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
                     b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
 
     seen = b_l > 0.0
     b_lse = tl.where(seen, (b_m + tl.math.log2(b_l)) * LN2, -float("inf"))
-    b_weight = tl.where(seen, 1.0 / b_l, 0.0)
-    o_row = tl.arange(0, BLOCK_ROWS)
-    o_e = tl.arange(0, BLOCK_E)
-    valid = o_row < ROWS - row0
-    inside = valid[:, None] & (o_e < E)[None, :]
-    p_lse = lse + i_b.to(tl.int64) * stride_lb + i_h.to(tl.int64) * stride_lh + row0 + o_row
-    if MERGE:
-        b_before = tl.load(p_lse, mask=valid, other=-float("inf"))
-        b_anchor = tl.maximum(b_lse, b_before)
-        b_anchor = tl.where(b_anchor == -float("inf"), 0.0, b_anchor)
-        b_new, b_old = tl.exp(b_lse - b_anchor), tl.exp(b_before - b_anchor)
-        b_share = tl.where(b_new + b_old > 0.0, 1.0 / (b_new + b_old), 0.0)
-        b_lse = b_anchor + tl.log(b_new + b_old)
-        b_weight *= b_new * b_share
-        before += i_b.to(tl.int64) * stride_bb + i_h.to(tl.int64) * stride_bh + row0.to(tl.int64) * stride_bl
-        b_out = tl.load(before + o_row[:, None] * stride_bl + o_e[None, :], mask=inside, other=0.0)
-        b_acc = b_acc * b_weight[:, None] + b_out * (b_old * b_share)[:, None]
-    else:
-        b_acc = b_acc * b_weight[:, None]
+    b_acc = b_acc * tl.where(seen, 1.0 / b_l, 0.0)[:, None]
     out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + row0.to(tl.int64) * stride_ol
-    tl.store(p_lse, b_lse, mask=valid)
+    tl.store(p_lse, b_lse, mask=real)
     tl.store(out + o_row[:, None] * stride_ol + o_e[None, :], b_acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def centre(b_s, b_m, scale_log2, MASKED: tl.constexpr):
+def centre(b_s, b_m, scale_log2):
     """The exponents of P, the new maximum, and the factor by which older sums shrink."""
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-    b_anchor = tl.where(b_m_new == -float("inf"), 0.0, b_m_new) if MASKED else b_m_new  # -inf: nothing seen so far
-    return b_s * scale_log2 - b_anchor[:, None], b_m_new, tl.math.exp2(b_m - b_anchor)
+    return b_s * scale_log2 - b_m_new[:, None], b_m_new, tl.math.exp2(b_m - b_m_new)
 
 
 @triton.jit
@@ -123,4 +117,4 @@ def absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION: tl.constexpr):
     """acc and l with one more block of values in them."""
     b_p = tl.math.exp2(b_x)
     b_l = b_l * b_shrink + tl.sum(b_p, 1)
-    return tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION), b_l
+    return add_dot(b_acc * b_shrink[:, None], b_p.to(b_v.dtype), b_v, PRECISION), b_l
