@@ -46,7 +46,7 @@ class Key(NamedTuple):
 
 TABLE: dict[Key, Tiling] = {
     Key("forward", "sm_80", "half", 32): Tiling(128, 64, 4, 3),
-    Key("forward", "sm_80", "half", 64): Tiling(64, 64, 4, 3),
+    Key("forward", "sm_80", "half", 64): Tiling(128, 64, 8, 3),
     Key("forward", "sm_80", "half", 128): Tiling(64, 64, 4, 2),
     Key("forward", "sm_80", "half", 256): Tiling(64, 64, 8, 2),
     Key("key gradients", "sm_80", "half", 32): Tiling(64, 128, 8, 2),
