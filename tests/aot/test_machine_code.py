@@ -1,10 +1,10 @@
 """The shipped tilings compile to what they should for GPUs that are not there: matrix instructions, no spilled
 registers, no more shared memory than there is.
 
-RINGATTN_TRITONS names folders with further releases of Triton, separated by colons:
+RINGATTN_TRITONS names a folder that holds further releases of Triton, as `make test` has it in .venv/tritons:
 
-    pip install --no-deps --target /tmp/triton-3.9.0 triton==3.9.0
-    RINGATTN_TRITONS=/tmp/triton-3.9.0 pytest tests/aot
+    pip install --no-deps --target tritons/3.9.0 triton==3.9.0
+    RINGATTN_TRITONS=tritons pytest tests/aot
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-pytestmark = [
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
-    pytest.mark.timeout(600),
-]
+HAS_TRITON = find_spec("triton") is not None
+pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"), pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-RELEASES = ["", *filter(None, os.environ.get("RINGATTN_TRITONS", "").split(":"))]  # "": the one that is installed
+FURTHER = Path(os.environ.get("RINGATTN_TRITONS", os.devnull)).resolve()
+RELEASES: dict[str, Path | None] = {version("triton") if HAS_TRITON else "none": None}  # None: the one installed
+RELEASES |= {folder.name: folder for folder in sorted(FURTHER.glob("*"))}
 KERNELS = ("forward_kernel", "key_gradients_kernel", "query_gradients_kernel")
 
 
@@ -47,7 +48,7 @@ TARGETS = {
 
 
 def compile_for(release: str, architecture: str) -> list[dict]:
-    path = os.pathsep.join(filter(None, (str(ROOT), release)))
+    path = os.pathsep.join(map(str, filter(None, (ROOT, RELEASES[release]))))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     head_dims = map(str, TARGETS[architecture].head_dims)
     done = subprocess.run(
@@ -76,6 +77,7 @@ def test_shipped_tilings(reports, release: str, architecture: str):
     assert len(lines) == len(KERNELS) * len(target.head_dims)
     for line in lines:
         name = f"{line['kernel']} at head dim {line['head_dim']}, triton {line['triton']}"
+        assert line["triton"] == release
         opcodes = line["opcodes"]
         assert line["stack"] == 0, f"{name}: {line['stack']} bytes of registers spilled"
         assert not {"LDL", "STL"} & opcodes.keys(), f"{name}: spills"
