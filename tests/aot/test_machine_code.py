@@ -14,20 +14,20 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-HAS_TRITON = find_spec("triton") is not None
-pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.timeout(600),
+]
 
 ROOT = Path(__file__).parents[2]
 FURTHER = Path(os.environ.get("RINGATTN_TRITONS", os.devnull)).resolve()
-RELEASES: dict[str, Path | None] = {version("triton") if HAS_TRITON else "none": None}  # None: the one installed
-RELEASES |= {folder.name: folder for folder in sorted(FURTHER.glob("*"))}
+RELEASES = {"installed": None} | {folder.name: folder for folder in sorted(FURTHER.glob("*"))}
 KERNELS = ("forward_kernel", "key_gradients_kernel", "query_gradients_kernel")
 
 
@@ -77,7 +77,7 @@ def test_shipped_tilings(reports, release: str, architecture: str):
     assert len(lines) == len(KERNELS) * len(target.head_dims)
     for line in lines:
         name = f"{line['kernel']} at head dim {line['head_dim']}, triton {line['triton']}"
-        assert line["triton"] == release
+        assert release in ("installed", line["triton"])
         opcodes = line["opcodes"]
         assert line["stack"] == 0, f"{name}: {line['stack']} bytes of registers spilled"
         assert not {"LDL", "STL"} & opcodes.keys(), f"{name}: spills"
