@@ -28,7 +28,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 FURTHER = Path(os.environ.get("RINGATTN_TRITONS", os.devnull)).resolve()
 RELEASES = {"installed": None} | {folder.name: folder for folder in sorted(FURTHER.glob("*"))}
-KERNELS = ("forward_kernel", "key_gradients_kernel", "query_gradients_kernel")
+KERNELS = ("forward_kernel", "delta_kernel", "key_gradients_kernel", "query_gradients_kernel")
 
 
 class Target(NamedTuple):
@@ -81,6 +81,8 @@ def test_shipped_tilings(reports, release: str, architecture: str):
         opcodes = line["opcodes"]
         assert line["stack"] == 0, f"{name}: {line['stack']} bytes of registers spilled"
         assert not {"LDL", "STL"} & opcodes.keys(), f"{name}: spills"
+        if line["kernel"] == "delta_kernel":
+            continue
         assert opcodes.get(target.matrix, 0) > 0, f"{name}: no {target.matrix}"
         assert opcodes.get(target.copy, 0) > 0, f"{name}: no {target.copy}"
         assert line["shared"] <= target.shared, f"{name}: {line['shared']} bytes of shared memory"
