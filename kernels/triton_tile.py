@@ -1,9 +1,11 @@
 """What the Triton kernels of both directions share: where a program stands, its runs, how a block is read."""
 
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
-__all__ = ["add_dot", "last_key_seen", "load_block", "locate", "run_at"]
+__all__ = ["add_dot", "head_of", "last_key_seen", "load_block", "locate", "run_at"]
 
 
 @triton.jit
@@ -33,18 +35,27 @@ def last_key_seen(length, shift, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_block(x, x_desc, i_b, i_h, stride, start, valid, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D]: rows `start` and on of one head, zero from column D on.
+def head_of(x, strides, i_b, i_h):
+    """Where one head of x [B, L, H, D] begins. A descriptor, which comes without strides, stays what it is."""
+    if strides is None:
+        return x
+    else:
+        return x + i_b.to(tl.int64) * strides[0] + i_h.to(tl.int64) * strides[2]
 
-    By descriptor if there is one: rows past the end of the tensor are zero. Else by pointer (x at the head): rows
-    from `valid` on are zero, unless `valid` is None.
+
+@triton.jit
+def load_block(x, strides, i_b, i_h, start, valid, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D]: rows `start` and on of one head (x as `head_of` gives it), zero from column D on.
+
+    By descriptor, rows past the end of the tensor are zero. By pointer, rows from `valid` on are zero, unless `valid`
+    is None.
     """
-    if x_desc is not None:
-        return x_desc.load([i_b, i_h, start, 0]).reshape([BLOCK, BLOCK_D])
+    if strides is None:
+        return x.load([i_b, i_h, start, 0]).reshape([BLOCK, BLOCK_D])
     else:
         o_row = tl.arange(0, BLOCK)[:, None]
         o_d = tl.arange(0, BLOCK_D)[None, :]
-        p_x = x + start.to(tl.int64) * stride + o_row * stride + o_d
+        p_x = x + start.to(tl.int64) * strides[1] + o_row * strides[1] + o_d
         if valid is None and D == BLOCK_D:
             return tl.load(p_x)
         elif valid is None:
