@@ -84,6 +84,14 @@ def test_heads_and_sequences_that_share_memory(tiling):
     check(Inputs(q, k, v, dout), Segments([Segment(0, 20, 0, 20, 0)]))
 
 
+def test_heads_in_sections(tiling, monkeypatch):
+    from ringattn.kernels import triton_launch
+
+    assert [triton_launch.section(8, 12 << 20), triton_launch.section(8, 40 << 20)] == [2, 1]
+    monkeypatch.setattr(triton_launch, "section", lambda units, bytes_each: units // 2)
+    check(make_inputs((2, 20, 4, 16), (2, 20, 2, 16), 16, torch.float32), Segments([Segment(0, 20, 0, 20, 0)]))
+
+
 def test_pieces_merge_into_the_whole(tiling):
     inputs = make_inputs((1, 40, 2, 16), (1, 40, 1, 16), 16, torch.float16)
     q, k, v, _ = inputs
