@@ -19,7 +19,7 @@ operand. Names as in `triton_forward.py`.
 import triton
 import triton.language as tl
 
-from .triton_tile import add_dot, head_of, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at
 
 __all__ = ["delta_kernel", "key_gradients_kernel", "query_gradients_kernel"]
 
@@ -79,8 +79,8 @@ def key_gradients_kernel(
                 b_q = load_block(q_head, q_strides, i_b, i_h, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
                 b_do = load_block(dout_head, dout_strides, i_b, i_h, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
                 b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+                b_s = dot_rows(b_k, b_q, PRECISION)
+                b_dp = dot_rows(b_v, b_do, PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
                 if MASKED:
                     b_p = tl.where(o_row[None, :] >= (first_row - j)[:, None], b_p, 0.0)
@@ -133,8 +133,8 @@ def query_gradients_kernel(
                 valid = length - j if MASKED else None
                 b_k = load_block(k, k_strides, i_b, i_g, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
                 b_v = load_block(v, v_strides, i_b, i_g, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-                b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+                b_s = dot_rows(b_q, b_k, PRECISION)
+                b_dp = dot_rows(b_do, b_v, PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
                 if MASKED:
                     b_p = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_p, 0.0)

@@ -19,7 +19,7 @@ batch, length and heads, or None where x is a tensor descriptor.
 import triton
 import triton.language as tl
 
-from .triton_tile import add_dot, head_of, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at
 
 __all__ = ["forward_kernel"]
 
@@ -73,24 +73,24 @@ def forward_kernel(
                 tl.assume(length > 0)
                 last = start + length - BLOCK_KEYS
                 b_k = load_block(k, k_strides, i_b, i_g, start, None, D, BLOCK_KEYS, BLOCK_D)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                b_s = dot_rows(b_q, b_k, PRECISION)
                 b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                 key = tl.minimum(start + BLOCK_KEYS, last)
                 b_k = load_block(k, k_strides, i_b, i_g, key, None, D, BLOCK_KEYS, BLOCK_D)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                b_s = dot_rows(b_q, b_k, PRECISION)
                 for j in range(0, length, BLOCK_KEYS):
                     b_v = load_block(v, v_strides, i_b, i_g, start + j, None, E, BLOCK_KEYS, BLOCK_E)
                     b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
                     b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                     key = tl.minimum(start + j + 2 * BLOCK_KEYS, last)
                     b_k = load_block(k, k_strides, i_b, i_g, key, None, D, BLOCK_KEYS, BLOCK_D)
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                    b_s = dot_rows(b_q, b_k, PRECISION)
             else:
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
                 for j in range(0, length, BLOCK_KEYS):
                     valid = length - j if MASKED else None
                     b_k = load_block(k, k_strides, i_b, i_g, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+                    b_s = dot_rows(b_q, b_k, PRECISION)
                     if MASKED:
                         b_s = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_s, -float("inf"))
                     b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["add_dot", "head_of", "last_key_seen", "load_block", "locate", "run_at"]
+__all__ = ["add_dot", "dot_rows", "head_of", "last_key_seen", "load_block", "locate", "run_at"]
 
 
 @triton.jit
@@ -67,9 +67,30 @@ def load_block(x, strides, i_b, i_h, start, valid, D: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def dot_rows(b_a, b_b, PRECISION: tl.constexpr):
+    """[M, N]: every row of a [M, D] times every row of b [N, D].
+
+    In fp32 products are summed one after the other, and the rounding errors of such a chain grow with its length: a
+    wide product is the sum of two halves.
+    """
+    if b_a.dtype == tl.float32 and b_a.shape[1] > 128:
+        b_a0, b_a1 = halves(b_a)
+        b_b0, b_b1 = halves(b_b)
+        first = tl.dot(b_a0, tl.trans(b_b0), input_precision=PRECISION)
+        return first + tl.dot(b_a1, tl.trans(b_b1), input_precision=PRECISION)
+    else:
+        return tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+
+
+@triton.jit
+def halves(b_x):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
 def add_dot(b_sum, b_a, b_b, PRECISION: tl.constexpr):
-    """sum + a b. In fp32 the block's products are summed by themselves first: the rounding errors of one chain of sums
-    over a whole sequence would exceed those of torch's products."""
+    """sum + a b. For the same reason, in fp32 the products of a block are summed by themselves first."""
     if b_a.dtype == tl.float32:
         return b_sum + tl.dot(b_a, b_b, input_precision=PRECISION)
     else:
