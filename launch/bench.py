@@ -1,6 +1,7 @@
 """Every figure that this project states: ours and the peers' side by side, right before they are fast.
 
     python -m ringattn.launch.bench bench=kernel [record=docs/benchmarks/kernel.jsonl] [key=value ...]
+    python -m ringattn.launch.bench bench=scaling [parallel.ranks=4] [key=value ...]
     torchrun --nproc-per-node N -m ringattn.launch.bench bench=... [key=value ...]
 
 Prints a table; `record=` adds a JSON line for each figure to a file. What is missing, refuses, hangs or computes

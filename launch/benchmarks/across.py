@@ -70,19 +70,17 @@ class OursAcross(Across):
 
     @contextmanager
     def ready(self, case: Case, device: torch.device) -> Iterator[None]:
+        self.cp = ringattn.ContextParallel(None, layout=self.layout, kernel=self.kernel, executor=self.executor)
         yield
         ranks_named(group_name(None)).buffers = Buffers()  # they are kept between calls, and count as memory
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
-        cp = ringattn.ContextParallel(None, layout=self.layout, kernel=self.kernel, executor=self.executor)
-        return cp.attention(q, k, v, causal=case.causal, seq_len=case.seq_len)
+        return self.cp.attention(q, k, v, causal=case.causal, seq_len=case.seq_len)
 
 
 def ours_across() -> list[Across]:
     """Every kernel, executor and layout."""
-    return [
-        OursAcross(kernel, executor, layout) for kernel in KERNELS for executor in EXECUTORS for layout in LAYOUTS
-    ]
+    return [OursAcross(kernel, executor, layout) for kernel in KERNELS for executor in EXECUTORS for layout in LAYOUTS]
 
 
 def gathered_segments(plan: Plan, rank: int) -> Segments:

@@ -1,9 +1,9 @@
 """What a few lines of torch do for attention across ranks: exchange heads for tokens, or gather all keys.
 
-    ulysses     all-to-all: a share of the tokens, all heads -> all tokens, a share of the heads; attend; all-to-all
-                (DeepSpeed Ulysses, arXiv:2309.14509)
-    allgather   all-gather of keys and values, then local queries with all of them; a reduce-scatter brings the
-                gradients of keys and values home
+ulysses     all-to-all: a share of the tokens, all heads -> all tokens, a share of the heads; attend; all-to-all
+            (DeepSpeed Ulysses, arXiv:2309.14509)
+allgather   all-gather of keys and values, then local queries with all of them; a reduce-scatter brings the
+            gradients of keys and values home
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..gang import Place
-from .workers import Failed, Worker
+from .workers import DIED, SILENT, Failed, Worker
 
 __all__ = ["Crew"]
 
@@ -28,14 +28,16 @@ class Crew:
 
     def __init__(self, station: Callable[..., Any], place: Place, size: int, patience: float):
         self.station, self.place, self.size, self.patience = station, place, size, patience
-        self.store: TCPStore | None = None  # where the workers meet; rank 0 keeps it
         self.attempt = 0
         self.worker: Worker | None = None
-        self.host = os.environ.get("MASTER_ADDR", "localhost")
+        # Where the workers meet, and where a rank says that its worker has failed and others wait in vain.
+        host, wait = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=patience)
         if place.rank == 0:
-            wait = timedelta(seconds=patience)
-            self.store = TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=wait)
-        self.port = self.share(self.store.port if self.store else None)[0]
+            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+            self.share(store.port)
+        else:
+            store = TCPStore(host, self.share(None)[0], is_master=False, timeout=wait)
+        self.store = store
 
     def share(self, mine: Any) -> list[Any]:
         """What each rank has, on all ranks."""
@@ -51,26 +53,25 @@ class Crew:
         Raises:
             Failed: on every rank, if any member failed; the workers that follow know nothing of what was before.
         """
-        fine, answer = True, None
+        fine, answer, failed = True, None, f"{self.attempt} failed"
         if self.place.rank < self.size:
             if self.worker is None:
-                where = (self.host, self.port, self.attempt)
+                where = (self.store.host, self.store.port, self.attempt)
                 self.worker = Worker(self.station, self.place.rank, self.size, self.place.device, where, self.patience)
             self.worker.tell(command, *arguments)
             try:
-                answer = self.worker.hear(self.patience)
+                answer = self.worker.hear(self.patience, lambda: self.store.check([failed]))
             except Failed as failure:
+                self.store.set(failed, "")
                 fine, answer = False, str(failure)
         answers = self.share((fine, answer))[: self.size]
         failures = {rank: answer for rank, (fine, answer) in enumerate(answers) if not fine}
         if not failures:
             return [answer for _, answer in answers]
         self.end()
-        waiting = {rank for rank, reason in failures.items() if reason.startswith("no answer")}
-        causes = failures.keys() - waiting or failures.keys()  # who waits has been left waiting, if anybody fell
-        first = min(causes)
-        everywhere = " on every rank" if len(failures) == self.size and len(set(failures.values())) == 1 else ""
-        raise Failed(failures[first] + (everywhere or f" on rank {first}"))
+        first = min(failures, key=lambda rank: (blame(failures[rank]), rank))
+        alike = len(failures) == self.size and len(set(failures.values())) == 1
+        raise Failed(failures[first] + (" on every rank" if alike else f" on rank {first}"))
 
     def end(self) -> None:
         """Ends the workers; the next command finds new ones."""
@@ -78,3 +79,8 @@ class Crew:
             self.worker.end()
             self.worker = None
         self.attempt += 1
+
+
+def blame(reason: str) -> int:
+    """Who died is to blame first; who got no answer was left waiting, and who raised may have been."""
+    return 0 if reason.startswith(DIED) else 2 if reason.startswith(SILENT) else 1

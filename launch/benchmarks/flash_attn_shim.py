@@ -44,7 +44,8 @@ def functions(kernel: AtenKernel) -> dict[str, Any]:
             dropout=dropout_p, window=window_size_left, right_window=window_size_right, softcap=softcap,
             alibi=alibi_slopes, softmax=return_softmax,
         )  # fmt: skip
-        out, lse = kernel.attend(q, k, v, causal, softmax_scale)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        out, lse = kernel.attend(q, k, v, causal, scale)
         return out, lse, None, None
 
     def _flash_attn_backward(
@@ -56,7 +57,8 @@ def functions(kernel: AtenKernel) -> dict[str, Any]:
             dropout=dropout_p, window=window_size_left, right_window=window_size_right, softcap=softcap,
             alibi=alibi_slopes, deterministic=deterministic,
         )  # fmt: skip
-        grads = kernel.differentiate(dout, q, k, v, out, softmax_lse, causal, softmax_scale)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        grads = kernel.differentiate(dout, q, k, v, out, softmax_lse, causal, scale)
         for given, grad in zip((dq, dk, dv), grads, strict=True):
             given.copy_(grad)
 

@@ -26,7 +26,7 @@ from ..oracle import Case, Inputs
 from . import flash_attn_shim
 from .across import Across
 
-__all__ = ["RingFlashAttention", "TorchContextParallel", "backends"]
+__all__ = ["VARIANTS", "RingFlashAttention", "TorchContextParallel", "backends"]
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "aten": SDPBackend.FLASH_ATTENTION}  # by the names of our kernels
 
@@ -69,19 +69,20 @@ class TorchContextParallel(Across):
         return functional.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=True)
 
 
+VARIANTS = {  # of ring-flash-attn: function, layout
+    "ring": ("ring_flash_attn_func", "contiguous"),
+    "zigzag": ("zigzag_ring_flash_attn_func", "zigzag"),
+    "stripe": ("stripe_flash_attn_func", "striped"),
+}
+
+
 class RingFlashAttention(Across):
     """The package ring-flash-attn. Its face for transformers, which imports that, is left out."""
-
-    VARIANTS = {  # name: function, layout
-        "ring": ("ring_flash_attn_func", "contiguous"),
-        "zigzag": ("zigzag_ring_flash_attn_func", "zigzag"),
-        "stripe": ("stripe_flash_attn_func", "striped"),
-    }
 
     def __init__(self, variant: str, kernel: str):
         self.variant, self.kernel = variant, kernel
         self.name = f"ring-flash-attn-{variant}"
-        self.function, self.layout = self.VARIANTS[variant]
+        self.function, self.layout = VARIANTS[variant]
 
     def refuses(self, x: Inputs, case: Case, ranks: int) -> str | None:
         if find_spec("ring_flash_attn") is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ringattn.layout import make_layout
 
@@ -57,8 +57,8 @@ class Station:
         nothing = make_inputs(self.case._replace(seq_len=0), 0, self.device)
         return each.refuses(nothing, self.case, self.size)
 
-    def examine(self, each: Across) -> dict[str, tuple[float, float]]:
-        """(error, allowed) of what this rank's part of a result has wrong."""
+    def examine(self, each: Across) -> str | None:
+        """What this rank's part of a result has wrong."""
         assert self.truth is not None
         case = self.case
         x = cut(each, self.whole(), self.rank, self.size)
@@ -66,11 +66,13 @@ class Station:
             self.poison(x)
             parts = self.differentiate(each, x)
         result = Result(*(part.transpose(1, 2) if each.heads_first else part for part in parts))
-        for name, part in zip(Result._fields, result, strict=True):
-            if not part.isfinite().all():
-                raise ValueError(f"{name} holds values that are not finite")
+        infinite = [name for name, part in zip(Result._fields, result, strict=True) if not part.isfinite().all()]
+        if infinite:
+            return f"{', '.join(infinite)}: values that are not finite"
         tokens = make_layout(each.layout, case.seq_len, self.size).positions(self.rank).to(self.device)
-        return self.truth.faults(one_head(result, case.batch - 1, case.kv_heads - 1, case.kv_heads), tokens)
+        faults = self.truth.faults(one_head(result, case.batch - 1, case.kv_heads - 1, case.kv_heads), tokens)
+        told = (f"{part} errs {error:.1e}, allowed {allowed:.1e}" for part, (error, allowed) in faults.items())
+        return ", ".join(told)
 
     def poison(self, x: Inputs) -> None:
         """Leaves NaN in the memory that outputs will be allocated from."""
@@ -123,7 +125,6 @@ class Station:
         }[which]
         work()
         found = meter.measure(work, self.device)
-        del x, work
         self.tidy()
         return found
 

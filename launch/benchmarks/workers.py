@@ -9,6 +9,7 @@ All share the GPU, only one is told to compute while times are taken, so they ca
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Failed", "Worker", "preload", "tensors"]
+__all__ = ["DIED", "SILENT", "Failed", "Worker", "preload", "tensors"]
+
+DIED, SILENT = "its process died", "no answer"  # how two of the reasons begin
 
 processes = multiprocessing.get_context("forkserver")
 
@@ -37,9 +40,9 @@ def serve(pipe: Connection, desk: Callable[..., Any], arguments: tuple[Any, ...]
     torch.set_num_threads(1)
     at_work = desk(*arguments)
     while (message := pipe.recv()) is not None:
-        command, *arguments = message
+        command, *details = message
         try:
-            pipe.send((True, getattr(at_work, command)(*arguments)))
+            pipe.send((True, getattr(at_work, command)(*details)))
         except Exception as error:  # whatever it is, the parent names it beside the implementation
             pipe.send((False, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"))
 
@@ -58,19 +61,22 @@ class Worker:
         with suppress(ConnectionError):
             self.pipe.send((command, *arguments))
 
-    def hear(self, timeout: float) -> Any:
+    def hear(self, timeout: float, hopeless: Callable[[], bool] = lambda: False) -> Any:
         """What the command that it was told returned.
 
         Raises:
-            Failed: it raised, died, or did not answer within `timeout` seconds. End it then.
+            Failed: it raised, died, did not answer within `timeout` seconds, or became `hopeless`, which is asked twice
+                a second. End it then.
         """
+        end = time.monotonic() + timeout
         try:
-            if not self.pipe.poll(timeout):
-                raise Failed(f"no answer within {timeout:g} s")
+            while not self.pipe.poll(min(0.5, max(end - time.monotonic(), 0))):
+                if time.monotonic() >= end or hopeless():
+                    raise Failed(f"{SILENT} within {timeout:g} s")
             fine, answer = self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join(5)
-            raise Failed(f"its process died with exit code {self.process.exitcode}") from None
+            raise Failed(f"{DIED} with exit code {self.process.exitcode}") from None
         if not fine:
             raise Failed(answer)
         return answer
