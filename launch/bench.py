@@ -1,6 +1,7 @@
 """Every figure that this project states: ours and the peers' side by side, right before they are fast.
 
     python -m ringattn.launch.bench bench=kernel [record=docs/benchmarks/kernel.jsonl] [key=value ...]
+    python -m ringattn.launch.bench bench=scaling [parallel.ranks=4] [key=value ...]
     torchrun --nproc-per-node N -m ringattn.launch.bench bench=... [key=value ...]
 
 Prints a table; `record=` adds a JSON line for each figure to a file. What is missing, refuses, hangs or computes
@@ -17,14 +18,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from . import entry
-from .benchmarks import kernel
+from .benchmarks import kernel, scaling
 from .benchmarks.tables import table
 from .gang import Place
 from .records import append_records
 
 __all__ = ["bench"]
 
-BENCHES = {"kernel": (kernel.KernelBench, kernel.run)}
+BENCHES = {"kernel": (kernel.KernelBench, kernel.run), "scaling": (scaling.ScalingBench, scaling.run)}
 
 
 def resolve(config: DictConfig) -> Any:
@@ -37,11 +38,13 @@ def bench(config: DictConfig, folder: Path, place: Place) -> dict[str, Any]:
     """The job of one rank; rank 0 prints and records. Returns how many figures there are."""
     settings = resolve(config)
     _, run = BENCHES[settings.bench]
-    records = run(settings, place)
+    records: list[dict[str, Any]] = []
+    for found in run(settings, place):
+        records += found
+        if place.rank == 0 and settings.record:
+            append_records(Path(settings.record), found)  # at once: who runs out of time keeps what there is
     if place.rank == 0:
         print(f"\n{table(records)}" if records else "\nno figure at all: see above")
-        if settings.record:
-            append_records(Path(settings.record), records)
     return {"figures": len(records)}
 
 

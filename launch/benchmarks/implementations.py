@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringattn.kernels.registry import KERNELS
+from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
 
 from ..oracle import Case, Inputs
@@ -60,9 +61,11 @@ class Ours(Implementation):
     def refuses(self, x: Inputs, case: Case) -> str | None:
         return KERNELS[self.kernel].refuses(x.q, x.k, x.v)
 
+    def segments(self, case: Case) -> Segments:
+        return make_plan("contiguous", case.seq_len, 1, causal=case.causal).segments(0, 0)
+
     def forward(self, x: Inputs, case: Case) -> Saved:
-        segments = make_plan("contiguous", case.seq_len, 1, causal=case.causal).segments(0, 0)
-        scale = case.head_dim**-0.5
+        segments, scale = self.segments(case), case.head_dim**-0.5
         out, lse = KERNELS[self.kernel].forward(x.q, x.k, x.v, segments, scale=scale, out_dtype=x.q.dtype)
         return out, lse, segments, scale
 

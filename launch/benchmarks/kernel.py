@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ from ..oracle import Case, make_inputs
 from ..records import circumstances
 from ..settings import Parallel, require, require_one_of
 from .cases import DTYPES, PASSES, describe, named_case, shape_of, tera_operations
+from .desk import Desk
 from .implementations import Implementation, local_implementations
 from .truth import Truth
 from .workers import Failed, Worker, preload, tensors
@@ -67,34 +69,32 @@ class KernelBench:
         return [named_case(text, DTYPES[auto if self.dtype == "auto" else self.dtype]) for text in self.cases]
 
 
-def run(settings: KernelBench, place: Place) -> list[dict[str, Any]]:
-    """The records of this bench; prints what gets no figure, and why."""
-    preload()
+def run(settings: KernelBench, place: Place) -> Iterator[list[dict[str, Any]]]:
+    """The records of one case after the other; prints what gets no figure, and why."""
+    preload(Desk.__module__)
     return measure(settings.chosen(), settings.named_cases(place.device), settings, place.device)
 
 
 def measure(
     implementations: list[Implementation], cases: list[Case], settings: KernelBench, device: torch.device
-) -> list[dict[str, Any]]:
-    """A record for every case, implementation and pass that gave a right result in time."""
+) -> Iterator[list[dict[str, Any]]]:
+    """For each case, a record for every implementation and pass that gave a right result in time."""
     common = circumstances(1) | {"bench": settings.bench}
     workers: dict[str, Worker] = {}
-    records = []
     try:
         for number, case in enumerate(cases):
             began = time.monotonic()
             for each in implementations:  # one that was ended starts anew
                 if each.name not in workers:
-                    workers[each.name] = Worker(each, device)
+                    workers[each.name] = Worker(Desk, each, device)
             contest = Contest(workers, case, settings)
             contest.load()
             contest.check(device)
-            records += [common | row for row in contest.take_turns()]
+            yield [common | row for row in contest.take_turns()]
             print(f"{describe(case)}: case {number + 1} of {len(cases)}, {time.monotonic() - began:.1f} s", flush=True)
     finally:
         for worker in workers.values():
             worker.end()
-    return records
 
 
 class Contest:

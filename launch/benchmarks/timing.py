@@ -1,13 +1,15 @@
-"""Time of one call: CUDA events on GPUs, the host's clock on CPUs."""
+"""Time of one call, alone or among ranks: CUDA events on GPUs, the host's clock on CPUs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-__all__ = ["FLUSH_BYTES", "samples_ms"]
+__all__ = ["FLUSH_BYTES", "Meter", "samples_ms"]
 
 # Written before each timed call. It empties every cache, and takes long enough (some 0.3 ms) for the host to have
 # issued the call that follows, so that short kernels are timed and not their launches.
@@ -54,3 +56,48 @@ def host_samples(work: Callable[[], object], budget_ms: float, least: int, most:
         return 1e3 * (time.perf_counter() - start)
 
     return [once() for _ in range(count(budget_ms, once(), least, most))]
+
+
+@dataclass(frozen=True)
+class Meter:
+    """How ranks time a pass together: they start each window at once, and all take as many steps."""
+
+    budget_ms: float  # for the windows of each kind
+    ahead: int  # steps that the host issues before it waits
+    most: int = 5  # windows
+    least: int = 3  # steps
+
+    def measure(self, work: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
+        """Milliseconds per step on this rank: the host running ahead, and waiting after each step."""
+        estimate = slowest(window_ms(work, device, 1))
+        steps = count(self.budget_ms, estimate, self.least, self.ahead)
+        windows = count(self.budget_ms, steps * estimate, 1, self.most)
+        return {
+            "ahead": [window_ms(work, device, steps) for _ in range(windows)],
+            "synchronised": [window_ms(work, device, 1) for _ in range(steps)],
+        }
+
+
+def slowest(here: float) -> float:
+    """The largest of all ranks' values; a barrier on the way."""
+    shared = torch.tensor(here, dtype=torch.float64)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.item()
+
+
+def window_ms(work: Callable[[], object], device: torch.device, steps: int) -> float:
+    """Milliseconds per step of some steps in a row that all ranks begin together."""
+    slowest(0.0)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(steps):
+            work()
+        return 1e3 * (time.perf_counter() - start) / steps
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(steps):
+        work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / steps

@@ -71,13 +71,20 @@ class Truth:
         self.right = attend(x, case.causal, scale, torch.float64, lambda part: part)
         wide = torch.promote_types(case.dtype, torch.float32)
         rough = attend(x, case.causal, scale, wide, lambda part: part.to(case.dtype).to(wide))
-        pairs = zip(rough, self.right, FACTORS, strict=True)
-        self.allowed = [allowed_error(part.to(case.dtype), right, factor, floor=0.0) for part, right, factor in pairs]
+        self.rough = Result(*(part.to(case.dtype) for part in rough))
 
-    def faults(self, got: list[Tensor]) -> dict[str, tuple[float, float]]:
-        """(error, allowed) of the parts that err too much or hold a NaN; `got` is that head of a result."""
-        errors = {
-            name: (error(part.to(right.device), right, floor=0.0), allowed)
-            for name, part, right, allowed in zip(Result._fields, got, self.right, self.allowed, strict=True)
-        }
-        return {name: (measured, allowed) for name, (measured, allowed) in errors.items() if not measured <= allowed}
+    def faults(self, got: list[Tensor], tokens: Tensor | None = None) -> dict[str, tuple[float, float]]:
+        """(error, allowed) of the parts that err too much or hold a NaN.
+
+        Args:
+            got: that head of a result, [H/G, L, D] or [1, L, D] each.
+            tokens: the positions that `got` holds; all of them unless told.
+        """
+        found = {}
+        for name, part, *expected, factor in zip(Result._fields, got, self.right, self.rough, FACTORS, strict=True):
+            right, rough = expected if tokens is None else (each[:, tokens] for each in expected)
+            measured = error(part.to(right.device), right, floor=0.0)
+            allowed = allowed_error(rough, right, factor, floor=0.0)
+            if not measured <= allowed:
+                found[name] = measured, allowed
+        return found

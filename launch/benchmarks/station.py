@@ -1,0 +1,137 @@
+"""What happens in the worker of one rank: one command after the other, all ranks the same, in one process group."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from ringattn.layout import make_layout
+
+from ..oracle import Case, Inputs, Result, make_inputs
+from .across import Across, Local, Share, cut
+from .implementations import Implementation, Ours
+from .timing import Meter
+from .truth import Truth, one_head
+
+__all__ = ["Station"]
+
+
+class Station:
+    """One rank: a place in a process group, and a case."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, where: tuple[str, int, int], patience: float):
+        self.rank, self.size, self.device = rank, size, device
+        host, port, attempt = where
+        wait = timedelta(seconds=patience)
+        store = PrefixStore(str(attempt), TCPStore(host, port, is_master=False, timeout=wait))
+        backend = "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        # A collective that outlives the parent's patience by far ends this process, should the parent be gone.
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=4 * wait)
+        self.truth: Truth | None = None
+
+    def load(self, case: Case, seed: int) -> None:
+        self.case, self.seed = case, seed
+        self.truth = None
+
+    def learn(self) -> None:
+        """Finds out what is right: the last key/value head, whose addresses are the highest."""
+        case = self.case
+        self.truth = Truth(case, self.whole(), case.batch - 1, case.kv_heads - 1)
+
+    def forget(self) -> None:
+        self.truth = None
+
+    def whole(self) -> Inputs:
+        """The whole sequence, the same on every rank."""
+        return make_inputs(self.case, self.seed, self.device)
+
+    def refuses(self, each: Across) -> str | None:
+        nothing = make_inputs(self.case._replace(seq_len=0), 0, self.device)
+        return each.refuses(nothing, self.case, self.size)
+
+    def examine(self, each: Across) -> str | None:
+        """What this rank's part of a result has wrong."""
+        assert self.truth is not None
+        case = self.case
+        x = cut(each, self.whole(), self.rank, self.size)
+        with each.ready(case, self.device):
+            self.poison(x)
+            parts = self.differentiate(each, x)
+        result = Result(*(part.transpose(1, 2) if each.heads_first else part for part in parts))
+        infinite = [name for name, part in zip(Result._fields, result, strict=True) if not part.isfinite().all()]
+        if infinite:
+            return f"{', '.join(infinite)}: values that are not finite"
+        tokens = make_layout(each.layout, case.seq_len, self.size).positions(self.rank).to(self.device)
+        faults = self.truth.faults(one_head(result, case.batch - 1, case.kv_heads - 1, case.kv_heads), tokens)
+        told = (f"{part} errs {error:.1e}, allowed {allowed:.1e}" for part, (error, allowed) in faults.items())
+        return ", ".join(told)
+
+    def poison(self, x: Inputs) -> None:
+        """Leaves NaN in the memory that outputs will be allocated from."""
+        dtype = torch.promote_types(self.case.dtype, torch.float32)
+        poisoned = [torch.full_like(tensor, torch.nan, dtype=dtype) for tensor in x]
+        del poisoned
+
+    def differentiate(self, each: Across, x: Inputs) -> tuple[Tensor, ...]:
+        """out, dq, dk, dv."""
+        q, k, v = (tensor.detach().requires_grad_() for tensor in x[:3])
+        out = each.attend(q, k, v, self.case)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), x.dout)
+
+    def time(self, each: Across, which: str, meter: Meter) -> dict[str, Any]:
+        """What `meter` finds of one pass on this rank, and the most memory that it took, in GiB."""
+        case, before = self.case, self.allocated()
+        x = cut(each, self.whole(), self.rank, self.size)
+
+        def forward() -> None:
+            with torch.no_grad():
+                each.attend(x.q, x.k, x.v, case)
+
+        with each.ready(case, self.device):
+            work = {"forward": forward, "forward+backward": lambda: self.differentiate(each, x)}[which]
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            found: dict[str, Any] = meter.measure(work, self.device)
+            found["gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30 if before is not None else None
+        self.tidy()
+        return found
+
+    def time_alone(self, kernel: str, which: str, meter: Meter) -> dict[str, Any]:
+        """One GPU, the whole sequence; all ranks do the same."""
+        return self.time_local(Ours(kernel), self.case, which, meter)
+
+    def time_share(self, local: Local, which: str, meter: Meter) -> dict[str, Any]:
+        """This rank's share of the work, all that it needs being there."""
+        if local.layout is not None:
+            return self.time_local(Share(local, self.rank, self.size), self.case, which, meter)
+        case = self.case
+        case = case._replace(q_heads=case.q_heads // self.size, kv_heads=case.kv_heads // self.size)
+        return self.time_local(Ours(local.kernel), case, which, meter)
+
+    def time_local(self, each: Implementation, case: Case, which: str, meter: Meter) -> dict[str, Any]:
+        x = each.prepare(make_inputs(case, self.seed, self.device))
+        work = {
+            "forward": lambda: each.forward(x, case),
+            "forward+backward": lambda: each.backward(x, each.forward(x, case), case),
+        }[which]
+        work()
+        found = meter.measure(work, self.device)
+        self.tidy()
+        return found
+
+    def allocated(self) -> int | None:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else None
+
+    def tidy(self) -> None:
+        """Gives unused memory back, so that everybody starts from the same state."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
