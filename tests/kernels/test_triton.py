@@ -84,6 +84,17 @@ def test_heads_and_sequences_that_share_memory(tiling):
     check(Inputs(q, k, v, dout), Segments([Segment(0, 20, 0, 20, 0)]))
 
 
+def test_what_lies_around_a_tensor_is_not_used(tiling):
+    def surrounded(x: torch.Tensor) -> torch.Tensor:
+        batch, length, heads, width = x.shape
+        around = x.new_full((batch, length + 40, heads, width + 16), torch.nan)
+        around[:, :length, :, :width] = x
+        return around[:, :length, :, :width]
+
+    inputs = make_inputs((1, 40, 2, 24), (1, 36, 2, 24), 24, torch.float32)
+    check(Inputs(*map(surrounded, inputs)), Segments([Segment(0, 40, 0, 36, 36)]))
+
+
 def test_heads_in_sections(tiling, monkeypatch):
     from ringattn.kernels import triton_launch
 
