@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype, nothing_seen
+from .interface import accumulate_dtype, nothing_seen, row_delta
 from .merge import merge_
 from .segments import Segments
 
@@ -59,6 +59,7 @@ class AtenKernel:
 
     name = "aten"
     reads_delta = False  # torch's backward derives delta from out and dout itself
+    row_delta = staticmethod(row_delta)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if q.shape[-1] != v.shape[-1]:

@@ -67,6 +67,10 @@ class Kernel(Protocol):
         """
         ...
 
+    def row_delta(self, dout: Tensor, out: Tensor) -> Tensor:
+        """`row_delta`, as this kernel computes it."""
+        ...
+
     def backward(
         self,
         dout: Tensor,

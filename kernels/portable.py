@@ -45,6 +45,11 @@ class TritonKernel:
             return out.to(out_dtype), lse
         return forward(q, k, v, segments, scale, running, out_dtype)
 
+    def row_delta(self, dout, out):
+        from .triton_launch import row_delta
+
+        return row_delta(dout, out)
+
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
         from .triton_launch import key_gradients, query_gradients
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype, nothing_seen
+from .interface import accumulate_dtype, nothing_seen, row_delta
 from .merge import merge_
 from .segments import Segments
 
@@ -39,6 +39,7 @@ class ReferenceKernel:
 
     name = "reference"
     reads_delta = True
+    row_delta = staticmethod(row_delta)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None

@@ -19,18 +19,33 @@ operand. Names as in `triton_forward.py`.
 import triton
 import triton.language as tl
 
-from .triton_tile import dot_rows, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at
 
-__all__ = ["key_gradients_kernel", "query_gradients_kernel"]
+__all__ = ["delta_kernel", "key_gradients_kernel", "query_gradients_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit(do_not_specialize=["ROWS"])
+def delta_kernel(
+    dout, out, delta, ROWS, dout_strides, out_strides,
+    HEADS: tl.constexpr, E: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """delta, contiguous [B, HEADS, ROWS]. Programs that run side by side take neighbouring heads of the same rows."""
+    i_b, i_h = tl.program_id(1), tl.program_id(0) % HEADS
+    row0 = tl.program_id(0) // HEADS * BLOCK_ROWS
+    dout, out = head_of(dout, dout_strides, i_b, i_h), head_of(out, out_strides, i_b, i_h)
+    b_do = load_block(dout, dout_strides, i_b, i_h, row0, ROWS - row0, E, BLOCK_ROWS, BLOCK_E).to(tl.float32)
+    b_out = load_block(out, out_strides, i_b, i_h, row0, ROWS - row0, E, BLOCK_ROWS, BLOCK_E).to(tl.float32)
+    o_row = tl.arange(0, BLOCK_ROWS)
+    p_delta = delta + (i_b.to(tl.int64) * HEADS + i_h) * ROWS + row0 + o_row
+    tl.store(p_delta, tl.sum(b_do * b_out, 1), mask=o_row < ROWS - row0)
+
+
 @triton.jit(do_not_specialize=["ROWS", "KEYS"])
 def key_gradients_kernel(
-    q, k, v, dout, q_desc, dout_desc, lse, delta, dk, dv, tiles, runs, scale, ROWS, KEYS,
-    stride_qb, stride_ql, stride_qh, stride_kb, stride_km, stride_kg, stride_vb, stride_vm, stride_vg,
-    stride_ob, stride_ol, stride_oh, stride_dkb, stride_dkm, stride_dkg, stride_dvb, stride_dvm, stride_dvg,
+    q, k, v, dout, lse, delta, dk, dv, tiles, runs, scale, ROWS, KEYS,
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
@@ -39,18 +54,16 @@ def key_gradients_kernel(
     i_tile, i_b, i_g = locate(HEADS // GROUP)
     p_tile = tiles + 4 * i_tile
     key0 = tl.load(p_tile)
-    k += i_b.to(tl.int64) * stride_kb + i_g.to(tl.int64) * stride_kg
-    v += i_b.to(tl.int64) * stride_vb + i_g.to(tl.int64) * stride_vg
-    q += i_b.to(tl.int64) * stride_qb
-    dout += i_b.to(tl.int64) * stride_ob
+    k = head_of(k, k_strides, i_b, i_g)
+    v = head_of(v, v_strides, i_b, i_g)
     lse += i_b.to(tl.int64) * HEADS * ROWS
     delta += i_b.to(tl.int64) * HEADS * ROWS
     scale_log2 = scale * LOG2E
 
     o_row = tl.arange(0, BLOCK_ROWS)
     o_key = tl.arange(0, BLOCK_KEYS)
-    b_k = load_block(k, None, i_b, i_g, stride_km, key0, KEYS - key0, D, BLOCK_KEYS, BLOCK_D)
-    b_v = load_block(v, None, i_b, i_g, stride_vm, key0, KEYS - key0, E, BLOCK_KEYS, BLOCK_E)
+    b_k = load_block(k, k_strides, i_b, i_g, key0, KEYS - key0, D, BLOCK_KEYS, BLOCK_D)
+    b_v = load_block(v, v_strides, i_b, i_g, key0, KEYS - key0, E, BLOCK_KEYS, BLOCK_E)
     b_dk = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_KEYS, BLOCK_E], tl.float32)
     for MASKED in tl.static_range(2):
@@ -61,35 +74,34 @@ def key_gradients_kernel(
                 i_h = i_g * GROUP + i % GROUP
                 j = i // GROUP * BLOCK_ROWS
                 valid = length - j if MASKED else None
-                p_q = q + i_h.to(tl.int64) * stride_qh
-                p_do = dout + i_h.to(tl.int64) * stride_oh
-                b_q = load_block(p_q, q_desc, i_b, i_h, stride_ql, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
-                b_do = load_block(p_do, dout_desc, i_b, i_h, stride_ol, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
+                q_head = head_of(q, q_strides, i_b, i_h)
+                dout_head = head_of(dout, dout_strides, i_b, i_h)
+                b_q = load_block(q_head, q_strides, i_b, i_h, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
+                b_do = load_block(dout_head, dout_strides, i_b, i_h, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
                 b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
                 b_s = dot_rows(b_k, b_q, PRECISION)
                 b_dp = dot_rows(b_v, b_do, PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
                 if MASKED:
                     b_p = tl.where(o_row[None, :] >= (first_row - j)[:, None], b_p, 0.0)
-                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+                b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
                 b_delta = load_rows(delta + i_h.to(tl.int64) * ROWS + start + j, valid, 0.0, BLOCK_ROWS)
                 b_ds = b_p * (b_dp - b_delta[None, :])
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+                b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
 
     o_d = tl.arange(0, BLOCK_D)
     o_e = tl.arange(0, BLOCK_E)
     valid = (o_key < KEYS - key0)[:, None]
-    dk += i_b.to(tl.int64) * stride_dkb + i_g.to(tl.int64) * stride_dkg + key0.to(tl.int64) * stride_dkm
-    dv += i_b.to(tl.int64) * stride_dvb + i_g.to(tl.int64) * stride_dvg + key0.to(tl.int64) * stride_dvm
-    put(dv + o_key[:, None] * stride_dvm + o_e[None, :], b_dv, valid & (o_e < E)[None, :], ADD)
-    put(dk + o_key[:, None] * stride_dkm + o_d[None, :], b_dk * scale, valid & (o_d < D)[None, :], ADD)
+    dk = head_of(dk, dk_strides, i_b, i_g) + key0.to(tl.int64) * dk_strides[1]
+    dv = head_of(dv, dv_strides, i_b, i_g) + key0.to(tl.int64) * dv_strides[1]
+    put(dv + o_key[:, None] * dv_strides[1] + o_e[None, :], b_dv, valid & (o_e < E)[None, :], ADD)
+    put(dk + o_key[:, None] * dk_strides[1] + o_d[None, :], b_dk * scale, valid & (o_d < D)[None, :], ADD)
 
 
 @triton.jit(do_not_specialize=["ROWS"])
 def query_gradients_kernel(
-    q, k, v, dout, k_desc, v_desc, lse, delta, dq, tiles, runs, scale, ROWS,
-    stride_qb, stride_ql, stride_qh, stride_kb, stride_km, stride_kg, stride_vb, stride_vm, stride_vg,
-    stride_ob, stride_ol, stride_oh, stride_dqb, stride_dql, stride_dqh,
+    q, k, v, dout, lse, delta, dq, tiles, runs, scale, ROWS,
+    q_strides, k_strides, v_strides, dout_strides, dq_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,17 +111,17 @@ def query_gradients_kernel(
     i_g = i_h // GROUP
     p_tile = tiles + 4 * i_tile
     row0 = tl.load(p_tile)
-    k += i_b.to(tl.int64) * stride_kb + i_g.to(tl.int64) * stride_kg
-    v += i_b.to(tl.int64) * stride_vb + i_g.to(tl.int64) * stride_vg
-    q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
-    dout += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
+    q = head_of(q, q_strides, i_b, i_h)
+    k = head_of(k, k_strides, i_b, i_g)
+    v = head_of(v, v_strides, i_b, i_g)
+    dout = head_of(dout, dout_strides, i_b, i_h)
     lse += (i_b.to(tl.int64) * HEADS + i_h) * ROWS
     delta += (i_b.to(tl.int64) * HEADS + i_h) * ROWS
     scale_log2 = scale * LOG2E
 
     o_key = tl.arange(0, BLOCK_KEYS)
-    b_q = load_block(q, None, i_b, i_h, stride_ql, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
-    b_do = load_block(dout, None, i_b, i_h, stride_ol, row0, ROWS - row0, E, BLOCK_ROWS, BLOCK_E)
+    b_q = load_block(q, q_strides, i_b, i_h, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
+    b_do = load_block(dout, dout_strides, i_b, i_h, row0, ROWS - row0, E, BLOCK_ROWS, BLOCK_E)
     b_lse = load_rows(lse + row0, ROWS - row0, float("inf"), BLOCK_ROWS) * LOG2E
     b_delta = load_rows(delta + row0, ROWS - row0, 0.0, BLOCK_ROWS)
     b_dq = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
@@ -119,21 +131,21 @@ def query_gradients_kernel(
             last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
             for j in range(0, length, BLOCK_KEYS):
                 valid = length - j if MASKED else None
-                b_k = load_block(k, k_desc, i_b, i_g, stride_km, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
-                b_v = load_block(v, v_desc, i_b, i_g, stride_vm, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
+                b_k = load_block(k, k_strides, i_b, i_g, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
+                b_v = load_block(v, v_strides, i_b, i_g, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
                 b_s = dot_rows(b_q, b_k, PRECISION)
                 b_dp = dot_rows(b_do, b_v, PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
                 if MASKED:
                     b_p = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_p, 0.0)
                 b_ds = b_p * (b_dp - b_delta[:, None])
-                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+                b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
 
     o_row = tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
     inside = (o_row < ROWS - row0)[:, None] & (o_d < D)[None, :]
-    dq += i_b.to(tl.int64) * stride_dqb + i_h.to(tl.int64) * stride_dqh + row0.to(tl.int64) * stride_dql
-    put(dq + o_row[:, None] * stride_dql + o_d[None, :], b_dq * scale, inside, ADD)
+    dq = head_of(dq, dq_strides, i_b, i_h) + row0.to(tl.int64) * dq_strides[1]
+    put(dq + o_row[:, None] * dq_strides[1] + o_d[None, :], b_dq * scale, inside, ADD)
 
 
 @triton.jit

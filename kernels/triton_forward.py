@@ -8,9 +8,10 @@ maximum m and sum l of the exponentials (base 2, the scale folded into the expon
     out = acc / l            lse = ln 2 (m + log2 l)
 
 Rows are split between warps and keys are not, so warps never exchange partial results (arXiv:2307.08691, section
-3.3). With MERGE the epilogue folds (out, lse) into a running pair, in fp32.
+3.3). A running pair (out, lse) to merge with is where a row starts: acc = out, m = lse / ln 2, l = 1; all in fp32.
 
-Names: p_ pointer, b_ block in registers, o_ offsets inside a block, i_ index.
+Names: p_ pointer, b_ block in registers, o_ offsets inside a block, i_ index; x_strides are the strides of x along
+batch, length and heads, or None where x is a tensor descriptor.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -18,38 +19,50 @@ Names: p_ pointer, b_ block in registers, o_ offsets inside a block, i_ index.
 import triton
 import triton.language as tl
 
-from .triton_tile import dot_rows, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at
 
 __all__ = ["forward_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum over nothing; -inf less -inf would be NaN
 
 
 @triton.jit(do_not_specialize=["ROWS"])
 def forward_kernel(
-    q, k, v, k_desc, v_desc, out, lse, before, tiles, runs, scale, ROWS,
-    stride_qb, stride_ql, stride_qh, stride_kb, stride_km, stride_kg, stride_vb, stride_vm, stride_vg,
-    stride_ob, stride_ol, stride_oh, stride_bb, stride_bl, stride_bh, stride_lb, stride_lh,
+    q, k, v, out, lse, before, tiles, runs, scale, ROWS,
+    q_strides, k_strides, v_strides, out_strides, lse_strides, before_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     MERGE: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of every tile in `tiles`; `before` is the running out that they merge with, `lse` holds its lse."""
+    """out and lse of every tile in `tiles`; with MERGE, `before` and `lse` hold what was seen before."""
     i_tile, i_b, i_h = locate(HEADS)
     i_g = i_h // GROUP
     p_tile = tiles + 4 * i_tile
     row0 = tl.load(p_tile)
-    q += i_b.to(tl.int64) * stride_qb + i_h.to(tl.int64) * stride_qh
-    k += i_b.to(tl.int64) * stride_kb + i_g.to(tl.int64) * stride_kg
-    v += i_b.to(tl.int64) * stride_vb + i_g.to(tl.int64) * stride_vg
+    q = head_of(q, q_strides, i_b, i_h)
+    k = head_of(k, k_strides, i_b, i_g)
+    v = head_of(v, v_strides, i_b, i_g)
     scale_log2 = scale * LOG2E
 
     o_key = tl.arange(0, BLOCK_KEYS)
-    b_q = load_block(q, None, i_b, i_h, stride_ql, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
-    b_m = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
-    b_l = tl.zeros([BLOCK_ROWS], tl.float32)
-    b_acc = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+    b_q = load_block(q, q_strides, i_b, i_h, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
+    o_row = tl.arange(0, BLOCK_ROWS)
+    o_e = tl.arange(0, BLOCK_E)
+    real = o_row < ROWS - row0
+    inside = real[:, None] & (o_e < E)[None, :]
+    p_lse = lse + i_b.to(tl.int64) * lse_strides[0] + i_h.to(tl.int64) * lse_strides[1] + row0 + o_row
+    if MERGE:  # what was seen before weighs 2^m in all
+        before = head_of(before, before_strides, i_b, i_h) + row0.to(tl.int64) * before_strides[1]
+        b_acc = tl.load(before + o_row[:, None] * before_strides[1] + o_e[None, :], mask=inside, other=0.0)
+        b_m = tl.load(p_lse, mask=real, other=-float("inf")) * LOG2E
+        b_l = tl.where(b_m == -float("inf"), 0.0, 1.0)
+        b_m = tl.maximum(b_m, LOWEST)
+    else:
+        b_acc = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+        b_m = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
+        b_l = tl.zeros([BLOCK_ROWS], tl.float32)
     for MASKED in tl.static_range(2):
         # Hoisting out of this loop what is used once per run would only cost registers inside it.
         for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
@@ -59,63 +72,44 @@ def forward_kernel(
                 # first to wait for them is the P V of that block. Past the end, the last block is scored again.
                 tl.assume(length > 0)
                 last = start + length - BLOCK_KEYS
-                b_k = load_block(k, k_desc, i_b, i_g, stride_km, start, None, D, BLOCK_KEYS, BLOCK_D)
+                b_k = load_block(k, k_strides, i_b, i_g, start, None, D, BLOCK_KEYS, BLOCK_D)
                 b_s = dot_rows(b_q, b_k, PRECISION)
-                b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2, MASKED)
+                b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                 key = tl.minimum(start + BLOCK_KEYS, last)
-                b_k = load_block(k, k_desc, i_b, i_g, stride_km, key, None, D, BLOCK_KEYS, BLOCK_D)
+                b_k = load_block(k, k_strides, i_b, i_g, key, None, D, BLOCK_KEYS, BLOCK_D)
                 b_s = dot_rows(b_q, b_k, PRECISION)
                 for j in range(0, length, BLOCK_KEYS):
-                    b_v = load_block(v, v_desc, i_b, i_g, stride_vm, start + j, None, E, BLOCK_KEYS, BLOCK_E)
+                    b_v = load_block(v, v_strides, i_b, i_g, start + j, None, E, BLOCK_KEYS, BLOCK_E)
                     b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
-                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2, MASKED)
+                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                     key = tl.minimum(start + j + 2 * BLOCK_KEYS, last)
-                    b_k = load_block(k, k_desc, i_b, i_g, stride_km, key, None, D, BLOCK_KEYS, BLOCK_D)
+                    b_k = load_block(k, k_strides, i_b, i_g, key, None, D, BLOCK_KEYS, BLOCK_D)
                     b_s = dot_rows(b_q, b_k, PRECISION)
             else:
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
                 for j in range(0, length, BLOCK_KEYS):
                     valid = length - j if MASKED else None
-                    b_k = load_block(k, k_desc, i_b, i_g, stride_km, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
+                    b_k = load_block(k, k_strides, i_b, i_g, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
                     b_s = dot_rows(b_q, b_k, PRECISION)
                     if MASKED:
                         b_s = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_s, -float("inf"))
-                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2, MASKED)
-                    b_v = load_block(v, v_desc, i_b, i_g, stride_vm, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
+                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
+                    b_v = load_block(v, v_strides, i_b, i_g, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
                     b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
 
     seen = b_l > 0.0
     b_lse = tl.where(seen, (b_m + tl.math.log2(b_l)) * LN2, -float("inf"))
-    b_weight = tl.where(seen, 1.0 / b_l, 0.0)
-    o_row = tl.arange(0, BLOCK_ROWS)
-    o_e = tl.arange(0, BLOCK_E)
-    valid = o_row < ROWS - row0
-    inside = valid[:, None] & (o_e < E)[None, :]
-    p_lse = lse + i_b.to(tl.int64) * stride_lb + i_h.to(tl.int64) * stride_lh + row0 + o_row
-    if MERGE:
-        b_before = tl.load(p_lse, mask=valid, other=-float("inf"))
-        b_anchor = tl.maximum(b_lse, b_before)
-        b_anchor = tl.where(b_anchor == -float("inf"), 0.0, b_anchor)
-        b_new, b_old = tl.exp(b_lse - b_anchor), tl.exp(b_before - b_anchor)
-        b_share = tl.where(b_new + b_old > 0.0, 1.0 / (b_new + b_old), 0.0)
-        b_lse = b_anchor + tl.log(b_new + b_old)
-        b_weight *= b_new * b_share
-        before += i_b.to(tl.int64) * stride_bb + i_h.to(tl.int64) * stride_bh + row0.to(tl.int64) * stride_bl
-        b_out = tl.load(before + o_row[:, None] * stride_bl + o_e[None, :], mask=inside, other=0.0)
-        b_acc = b_acc * b_weight[:, None] + b_out * (b_old * b_share)[:, None]
-    else:
-        b_acc = b_acc * b_weight[:, None]
-    out += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh + row0.to(tl.int64) * stride_ol
-    tl.store(p_lse, b_lse, mask=valid)
-    tl.store(out + o_row[:, None] * stride_ol + o_e[None, :], b_acc.to(out.dtype.element_ty), mask=inside)
+    b_acc = b_acc * tl.where(seen, 1.0 / b_l, 0.0)[:, None]
+    out = head_of(out, out_strides, i_b, i_h) + row0.to(tl.int64) * out_strides[1]
+    tl.store(p_lse, b_lse, mask=real)
+    tl.store(out + o_row[:, None] * out_strides[1] + o_e[None, :], b_acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def centre(b_s, b_m, scale_log2, MASKED: tl.constexpr):
+def centre(b_s, b_m, scale_log2):
     """The exponents of P, the new maximum, and the factor by which older sums shrink."""
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
-    b_anchor = tl.where(b_m_new == -float("inf"), 0.0, b_m_new) if MASKED else b_m_new  # -inf: nothing seen so far
-    return b_s * scale_log2 - b_anchor[:, None], b_m_new, tl.math.exp2(b_m - b_anchor)
+    return b_s * scale_log2 - b_m_new[:, None], b_m_new, tl.math.exp2(b_m - b_m_new)
 
 
 @triton.jit
@@ -123,4 +117,4 @@ def absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION: tl.constexpr):
     """acc and l with one more block of values in them."""
     b_p = tl.math.exp2(b_x)
     b_l = b_l * b_shrink + tl.sum(b_p, 1)
-    return tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION), b_l
+    return add_dot(b_acc * b_shrink[:, None], b_p.to(b_v.dtype), b_v, PRECISION), b_l

@@ -1,14 +1,14 @@
 """From tensors and segments to launches of the Triton kernels.
 
-A grid is (heads of a section, tiles, sections): see `triton_tile.locate`. Everything that follows from segments is
-made once per list (`Segments.derive`); what remains for each call is a few descriptors and the launch.
+A grid is (heads of a section, tiles, sections): see `triton_tile.locate`. The host pays for every launch, so what
+follows from segments is made once per list (`Segments.derive`), and what follows from shapes alone once per shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -17,15 +17,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .segments import Segments
 from .tiles import Work, key_tiles, query_tiles
-from .triton_backward import key_gradients_kernel, query_gradients_kernel
+from .triton_backward import delta_kernel, key_gradients_kernel, query_gradients_kernel
 from .triton_forward import forward_kernel
 from .tuning import Tiling, architecture, tiling_for
 
-__all__ = ["forward", "key_gradients", "query_gradients"]
+__all__ = ["forward", "key_gradients", "query_gradients", "row_delta"]
 
 L2_BUDGET = 32 << 20  # bytes that the heads of a section may read again and again: about half of the cache
 WIDEST_STRIDE = 1 << 23  # elements from row to row: offsets inside a block are 32-bit
 MOST_TILES = 65535  # the second dimension of a grid
+DELTA_ROWS = 32  # rows of a block of delta
 
 
 def forward(
@@ -38,7 +39,7 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`Kernel.forward`."""
-    q, k, v = (addressable(x) for x in (q, k, v))
+    q, k, v = addressable(q), addressable(k), addressable(v)
     batch, rows, heads, d = q.shape
     groups, e = v.shape[2:]
     tiling = tiling_for("forward", architecture(q.device), q.dtype, max(d, e), rows)
@@ -49,16 +50,36 @@ def forward(
     else:
         before, lse = running
         out = before if before.dtype == out_dtype else torch.empty_like(before, dtype=out_dtype)
+    k_block, k_strides = walked(k, tiling, tiling.keys)
+    v_block, v_strides = walked(v, tiling, tiling.keys)
     launch(
         forward_kernel,
-        tiling,
+        q.device,
         grid(work.busy if running and out is before else len(work.tiles), batch * groups, heads // groups, k, v),
-        (q, k, v, describe(k, tiling, tiling.keys), describe(v, tiling, tiling.keys), out, lse, before),
-        (work.tiles, work.runs, positive(scale), rows),
-        (*strides(q), *strides(k), *strides(v), *strides(out), *strides(before), *strides(lse)[:2]),
-        {"HEADS": heads, "GROUP": heads // groups, "D": d, "E": e, "MERGE": running is not None, "AHEAD": tiling.ahead},
+        (q, k_block, v_block, out, lse, before, work.tiles, work.runs, positive(scale), rows),
+        (strides(q), k_strides, v_strides, strides(out), strides(lse), strides(before)),
+        constants(tiling, heads, groups, d, e),
+        MERGE=running is not None,
+        AHEAD=tiling.ahead,
+        PRECISION=precision(q.dtype),
     )
     return out, lse
+
+
+def row_delta(dout: Tensor, out: Tensor) -> Tensor:
+    """`Kernel.row_delta`."""
+    dout, out = addressable(dout), addressable(out)
+    batch, rows, heads, e = out.shape
+    delta = out.new_empty(batch, heads, rows, dtype=torch.float32)
+    launch(
+        delta_kernel,
+        out.device,
+        (-(-rows // DELTA_ROWS) * heads, batch, 1),
+        (dout, out, delta, rows),
+        (strides(dout), strides(out)),
+        {"HEADS": heads, "E": e, "BLOCK_ROWS": DELTA_ROWS, "BLOCK_E": block_width(e)},
+    )
+    return delta
 
 
 def key_gradients(
@@ -74,21 +95,25 @@ def key_gradients(
     dv: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of `Kernel.backward`."""
-    dout, q, k, v = (addressable(x) for x in (dout, q, k, v))
+    dout, q, k, v = addressable(dout), addressable(q), addressable(k), addressable(v)
     batch, rows, heads, d = q.shape
     _, keys, groups, e = v.shape
     tiling = tiling_for("key gradients", architecture(q.device), q.dtype, max(d, e), keys)
     work = lower(key_tiles, segments, keys, tiling.keys, tiling.rows, q.device)
     add = dk is not None or dv is not None
-    dk, dv = (start_sum(x, total, add) for x, total in ((k, dk), (v, dv)))
+    dk, dv = start_sum(k, dk, add), start_sum(v, dv, add)
+    q_block, q_strides = walked(q, tiling, tiling.rows)
+    dout_block, dout_strides = walked(dout, tiling, tiling.rows)
+    lse, delta = lse.contiguous(), delta.contiguous()
     launch(
         key_gradients_kernel,
-        tiling,
+        q.device,
         grid(work.busy if add else len(work.tiles), batch * groups, 1, q, dout),
-        (q, k, v, dout, describe(q, tiling, tiling.rows), describe(dout, tiling, tiling.rows)),
-        (lse.contiguous(), delta.contiguous(), dk, dv, work.tiles, work.runs, positive(scale), rows, keys),
-        (*strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv)),
-        {"HEADS": heads, "GROUP": heads // groups, "D": d, "E": e, "ADD": add},
+        (q_block, k, v, dout_block, lse, delta, dk, dv, work.tiles, work.runs, positive(scale), rows, keys),
+        (q_strides, strides(k), strides(v), dout_strides, strides(dk), strides(dv)),
+        constants(tiling, heads, groups, d, e),
+        ADD=add,
+        PRECISION=precision(q.dtype),
     )
     return dk, dv
 
@@ -105,48 +130,44 @@ def query_gradients(
     dq: Tensor | None,
 ) -> Tensor:
     """dq of `Kernel.backward`."""
-    dout, q, k, v = (addressable(x) for x in (dout, q, k, v))
+    dout, q, k, v = addressable(dout), addressable(q), addressable(k), addressable(v)
     batch, rows, heads, d = q.shape
     groups, e = v.shape[2:]
     tiling = tiling_for("query gradients", architecture(q.device), q.dtype, max(d, e), rows)
     work = lower(query_tiles, segments, rows, tiling.rows, tiling.keys, q.device)
     add = dq is not None
     dq = start_sum(q, dq, add)
+    k_block, k_strides = walked(k, tiling, tiling.keys)
+    v_block, v_strides = walked(v, tiling, tiling.keys)
+    lse, delta = lse.contiguous(), delta.contiguous()
     launch(
         query_gradients_kernel,
-        tiling,
+        q.device,
         grid(work.busy if add else len(work.tiles), batch * groups, heads // groups, k, v),
-        (q, k, v, dout, describe(k, tiling, tiling.keys), describe(v, tiling, tiling.keys)),
-        (lse.contiguous(), delta.contiguous(), dq, work.tiles, work.runs, positive(scale), rows),
-        (*strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq)),
-        {"HEADS": heads, "GROUP": heads // groups, "D": d, "E": e, "ADD": add},
+        (q, k_block, v_block, dout, lse, delta, dq, work.tiles, work.runs, positive(scale), rows),
+        (strides(q), k_strides, v_strides, strides(dout), strides(dq)),
+        constants(tiling, heads, groups, d, e),
+        ADD=add,
+        PRECISION=precision(q.dtype),
     )
     return dq
 
 
 def launch(
-    kernel: Any, tiling: Tiling, size: tuple[int, int, int], tensors: tuple, work: tuple, steps: tuple, constants: dict
+    kernel: Any,
+    device: torch.device,
+    size: tuple[int, int, int],
+    operands: tuple,
+    steps: tuple[tuple[int, ...] | None, ...],
+    constants: dict[str, int],
+    **more: bool | str,
 ) -> None:
     """Starts a kernel. Integers that only say how long something is are not specialised on, strides are: blocks are
     read 16 bytes at a time where strides allow it."""
     if 0 in size:
         return
-    q = tensors[0]
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        kernel[size](
-            *tensors,
-            *work,
-            *steps,
-            **constants,
-            BLOCK_ROWS=tiling.rows,
-            BLOCK_KEYS=tiling.keys,
-            BLOCK_D=block_width(constants["D"]),
-            BLOCK_E=block_width(constants["E"]),
-            PRECISION=precision(q.dtype),
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-            enable_fp_fusion=True,
-        )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[size](*operands, *steps, **constants, **more)
 
 
 def grid(tiles: int, units: int, programs: int, *walked: Tensor) -> tuple[int, int, int]:
@@ -190,19 +211,62 @@ def start_sum(x: Tensor, total: Tensor | None, add: bool) -> Tensor:
     return (torch.zeros if add else torch.empty)(x.shape, dtype=torch.float32, device=x.device)
 
 
-def strides(x: Tensor) -> list[int]:
-    """Strides of the first three dimensions; 0 for one of size 1, whose own is arbitrary and would compile anew."""
-    return [0 if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of all dimensions but the last; 0 for one of size 1, whose own is arbitrary and would compile anew."""
+    return steps_of(x.shape, x.stride())
 
 
-def describe(x: Tensor, tiling: Tiling, block: int) -> TensorDescriptor | None:
-    """A descriptor of x [B, L, H, D] as [B, H, L, D] for blocks of `block` rows; None where pointers are to be used."""
-    unit = 16 // x.element_size()
-    b, length, h = (stride or unit for stride in strides(x))
-    if not tiling.tma or x.numel() == 0 or x.data_ptr() % 16 or any(stride % unit for stride in (b, length, h)):
+@lru_cache(1024)
+def steps_of(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(0 if n == 1 else step for n, step in zip(shape[:-1], stride[:-1], strict=True))
+
+
+def walked(x: Tensor, tiling: Tiling, block: int) -> tuple[Tensor | TensorDescriptor, tuple[int, ...] | None]:
+    """What a kernel walks x [B, L, H, D] with, in blocks of `block` rows: the tensor and its strides, or a descriptor
+    alone, where the tiling wants one and x lies so that there can be one."""
+    if tiling.tma and x.numel() and x.data_ptr() % 16 == 0:
+        described = describe(x.shape, x.stride(), x.element_size(), block)
+        if described is not None:
+            return CheckedDescriptor(x, *described), None
+    return x, strides(x)
+
+
+@lru_cache(1024)
+def describe(
+    shape: torch.Size, stride: tuple[int, ...], element_size: int, block: int
+) -> tuple[list[int], list[int], list[int]] | None:
+    """Shape, strides and block that describe [B, L, H, D] as [B, H, L, D]; None where rows are not a multiple of
+    16 bytes apart, or lie on one another."""
+    unit = 16 // element_size
+    b, length, h = (unit if n == 1 else step for n, step in zip(shape[:-1], stride[:-1], strict=True))
+    if any(step == 0 or step % unit for step in (b, length, h)):
         return None
-    shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-    return TensorDescriptor(x, shape, [b, h, length, 1], [1, 1, block, block_width(x.shape[3])])
+    batch, rows, heads, width = shape
+    return [batch, heads, rows, width], [b, h, length, 1], [1, 1, block, block_width(width)]
+
+
+class CheckedDescriptor(TensorDescriptor):
+    """One that `describe` has checked, once per shape; Triton's own checks cost as much as a tenth of a launch."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@lru_cache(1024)
+def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[str, int]:
+    """What a kernel is compiled for and that a shape and a tiling say."""
+    return {
+        "HEADS": heads,
+        "GROUP": heads // groups,
+        "D": d,
+        "E": e,
+        "BLOCK_ROWS": tiling.rows,
+        "BLOCK_KEYS": tiling.keys,
+        "BLOCK_D": block_width(d),
+        "BLOCK_E": block_width(e),
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
 
 
 def block_width(head_dim: int) -> int:

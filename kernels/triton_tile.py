@@ -1,9 +1,11 @@
 """What the Triton kernels of both directions share: where a program stands, its runs, how a block is read."""
 
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
-__all__ = ["dot_rows", "last_key_seen", "load_block", "locate", "run_at"]
+__all__ = ["add_dot", "dot_rows", "head_of", "last_key_seen", "load_block", "locate", "run_at"]
 
 
 @triton.jit
@@ -33,18 +35,27 @@ def last_key_seen(length, shift, low, high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_block(x, x_desc, i_b, i_h, stride, start, valid, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D]: rows `start` and on of one head, zero from column D on.
+def head_of(x, strides, i_b, i_h):
+    """Where one head of x [B, L, H, D] begins. A descriptor, which comes without strides, stays what it is."""
+    if strides is None:
+        return x
+    else:
+        return x + i_b.to(tl.int64) * strides[0] + i_h.to(tl.int64) * strides[2]
 
-    By descriptor if there is one: rows past the end of the tensor are zero. Else by pointer (x at the head): rows
-    from `valid` on are zero, unless `valid` is None.
+
+@triton.jit
+def load_block(x, strides, i_b, i_h, start, valid, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D]: rows `start` and on of one head (x as `head_of` gives it), zero from column D on.
+
+    By descriptor, rows past the end of the tensor are zero. By pointer, rows from `valid` on are zero, unless `valid`
+    is None.
     """
-    if x_desc is not None:
-        return x_desc.load([i_b, i_h, start, 0]).reshape([BLOCK, BLOCK_D])
+    if strides is None:
+        return x.load([i_b, i_h, start, 0]).reshape([BLOCK, BLOCK_D])
     else:
         o_row = tl.arange(0, BLOCK)[:, None]
         o_d = tl.arange(0, BLOCK_D)[None, :]
-        p_x = x + start.to(tl.int64) * stride + o_row * stride + o_d
+        p_x = x + start.to(tl.int64) * strides[1] + o_row * strides[1] + o_d
         if valid is None and D == BLOCK_D:
             return tl.load(p_x)
         elif valid is None:
@@ -59,8 +70,8 @@ def load_block(x, x_desc, i_b, i_h, stride, start, valid, D: tl.constexpr, BLOCK
 def dot_rows(b_a, b_b, PRECISION: tl.constexpr):
     """[M, N]: every row of a [M, D] times every row of b [N, D].
 
-    In fp32 the products of a row are summed one after the other, so a wide one is summed in two halves: the error of a
-    chain of sums grows with its length.
+    In fp32 products are summed one after the other, and the rounding errors of such a chain grow with its length: a
+    wide product is the sum of two halves.
     """
     if b_a.dtype == tl.float32 and b_a.shape[1] > 128:
         b_a0, b_a1 = halves(b_a)
@@ -74,5 +85,13 @@ def dot_rows(b_a, b_b, PRECISION: tl.constexpr):
 @triton.jit
 def halves(b_x):
     """The left and the right half of the columns."""
-    b_split = tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2]), [0, 2, 1])
-    return tl.split(b_split)
+    return tl.split(tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def add_dot(b_sum, b_a, b_b, PRECISION: tl.constexpr):
+    """sum + a b. For the same reason, in fp32 the products of a block are summed by themselves first."""
+    if b_a.dtype == tl.float32:
+        return b_sum + tl.dot(b_a, b_b, input_precision=PRECISION)
+    else:
+        return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringattn import ContextParallel
-from ringattn.kernels.interface import Kernel, row_delta
+from ringattn.kernels.interface import Kernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
@@ -73,7 +73,7 @@ def attend(kernel: Kernel, inputs: Inputs, segments: Segments, scale: float) -> 
     """One kernel, forward and backward."""
     q, k, v, dout = inputs
     out, lse = kernel.forward(q, k, v, segments, scale=scale, out_dtype=q.dtype)
-    grads = kernel.backward(dout, q, k, v, out, lse, row_delta(dout, out), segments, scale=scale)
+    grads = kernel.backward(dout, q, k, v, out, lse, kernel.row_delta(dout, out), segments, scale=scale)
     return Result(out, *(grad.to(q.dtype) for grad in grads))
 
 

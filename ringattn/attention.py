@@ -18,7 +18,7 @@ from ringattn.agreement import agree
 from ringattn.checks import check_inputs, refuse_unsupported
 from ringattn.executors import ring
 from ringattn.executors.call import Call
-from ringattn.kernels.interface import accumulate_dtype, row_delta
+from ringattn.kernels.interface import accumulate_dtype
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import make_layout
 from ringattn.plan import make_plan
@@ -120,7 +120,7 @@ def _(q, k, v, *settings):
 def attention_backward(dout, dlse, q, k, v, out, lse, *settings):
     settings = Settings(*settings)
     call = prepare(q, k, v, settings)
-    delta = row_delta(dout, out)
+    delta = call.kernel.row_delta(dout, out)
     if dlse is not None:
         if not call.kernel.reads_delta:
             raise NotImplementedError(

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ringattn.kernels.interface import row_delta
 from ringattn.kernels.registry import KERNELS
 from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
@@ -72,7 +71,7 @@ class Ours(Implementation):
 
     def backward(self, x: Inputs, saved: Saved, case: Case) -> tuple[Tensor, ...]:
         out, lse, segments, scale = saved
-        delta = row_delta(x.dout, out)
+        delta = KERNELS[self.kernel].row_delta(x.dout, out)
         grads = KERNELS[self.kernel].backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, scale=scale)
         return tuple(grad.to(x.q.dtype) for grad in grads)
 

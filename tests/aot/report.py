@@ -14,6 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from ringattn.kernels import triton_launch
 from ringattn.kernels.segments import Segment, Segments
+from ringattn.kernels.tuning import LONG
 
 TOOLS = Path(triton.backends.__path__[0]) / "nvidia" / "bin"
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
@@ -46,8 +49,8 @@ class NamedTarget:
         return 0
 
 
-def compiled_by(capability: int, call) -> list:
-    """The kernels that `call` would launch on such a GPU."""
+def compiled_by(capability: int, calls: Iterable[Callable[[], None]]) -> list:
+    """The kernels that the calls would launch on such a GPU, each once."""
     driver.set_active(NamedTarget(capability))  # pyright: ignore[reportArgumentType]
     kernels, run = [], JITFunction.run
 
@@ -56,10 +59,11 @@ def compiled_by(capability: int, call) -> list:
 
     JITFunction.run = compile_only
     try:
-        call()
+        for call in calls:
+            call()
     finally:
         JITFunction.run = run
-    return kernels
+    return list(dict.fromkeys(kernels))
 
 
 def attend(head_dim: int, dtype: torch.dtype, length: int) -> None:
@@ -70,6 +74,7 @@ def attend(head_dim: int, dtype: torch.dtype, length: int) -> None:
     lse, delta = torch.empty(2, 1, 32, length, device="meta")
     segments = Segments([Segment(0, length, 0, length, 0)])
     triton_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
+    triton_launch.row_delta(dout, out.to(dtype))
     triton_launch.key_gradients(dout, q, k, v, lse, delta, segments, 0.1, dk, dv)
     triton_launch.query_gradients(dout, q, k, v, lse, delta, segments, 0.1, dq)
 
@@ -100,8 +105,8 @@ def report(kernel) -> dict:
 def main(architecture: str, *head_dims: str) -> None:
     triton_launch.architecture = lambda device: architecture
     for head_dim in map(int, head_dims):
-        call = lambda: attend(head_dim, torch.bfloat16, 8192)  # noqa: B023, E731
-        for kernel in compiled_by(int(architecture.removeprefix("sm_")), call):
+        lengths = [partial(attend, head_dim, torch.bfloat16, length) for length in (LONG, LONG // 4)]
+        for kernel in compiled_by(int(architecture.removeprefix("sm_")), lengths):
             line = {"triton": triton.__version__, "architecture": architecture, "head_dim": head_dim}
             print(json.dumps(line | report(kernel)), flush=True)
 

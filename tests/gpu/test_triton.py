@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.aten import AtenKernel
-from ringattn.kernels.interface import Kernel, accumulate_dtype, nothing_seen, row_delta
+from ringattn.kernels.interface import Kernel, accumulate_dtype, nothing_seen
 from ringattn.kernels.portable import TritonKernel
 from ringattn.kernels.reference import ReferenceKernel, head_group, visible_pairs
 from ringattn.kernels.segments import Segment, Segments
@@ -129,7 +129,7 @@ def attend(kernel: Kernel, q: Tensor, dout: Tensor, pieces: list[Piece], scale: 
     assert running is not None
     out, lse = running
     result, dq = {"out": out, "lse": lse}, None
-    delta = row_delta(dout, out)
+    delta = kernel.row_delta(dout, out)
     for i, (k, v, segments) in enumerate(pieces):
         sums = [x.new_zeros(x.shape, dtype=accumulate_dtype(x)) if i == 0 else None for x in (k, v)]
         dq, dk, dv = kernel.backward(

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from ringattn.kernels.interface import row_delta
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.registry import KERNELS, choose_kernel
 from ringattn.kernels.segments import Segment, Segments
@@ -15,7 +14,9 @@ from ringattn.launch.oracle import Case, Inputs, attend, make_inputs
 from tests.tolerance import assert_close
 
 CPU = [name for name, kernel in KERNELS.items() if not kernel.refuses(*torch.zeros(3, 1, 1, 1, 8))]
-DTYPES = dict.fromkeys(CPU, (torch.float64, torch.float32, torch.float16, torch.bfloat16))
+DTYPES: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(
+    CPU, (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+)
 if os.environ.get("TRITON_INTERPRET") == "1":  # see conftest.py; the interpreter truncates bfloat16, tests/gpu has it
     DTYPES["triton"] = (torch.float32, torch.float16)
 
@@ -63,7 +64,7 @@ def test_a_row_that_sees_nothing_gets_zero(name):
     blind = [0, 1, 4, 5]
     assert (out[:, blind] == 0).all()
     assert (lse[:, :, blind] == -torch.inf).all()
-    grads = KERNELS[name].backward(dout, q, k, v, out, lse, row_delta(dout, out), segments, scale=0.5)
+    grads = KERNELS[name].backward(dout, q, k, v, out, lse, KERNELS[name].row_delta(dout, out), segments, scale=0.5)
     assert all(grad.isfinite().all() for grad in grads)
     assert (grads[0][:, blind] == 0).all()
 
@@ -73,7 +74,7 @@ def test_gradients_add_to_what_is_there(name):
     q, k, v, dout = make_inputs(Case(6, dtype=torch.float32), seed=0)
     segments = Segments([Segment(0, 6, 0, 6, 0)])
     out, lse = KERNELS[name].forward(q, k, v, segments, scale=0.5)
-    arguments = (dout, q, k, v, out, lse, row_delta(dout, out), segments)
+    arguments = (dout, q, k, v, out, lse, KERNELS[name].row_delta(dout, out), segments)
     fresh = KERNELS[name].backward(*arguments, scale=0.5)
     totals = tuple(torch.ones_like(x) for x in fresh)
     added = KERNELS[name].backward(*arguments, scale=0.5, dq=totals[0], dk=totals[1], dv=totals[2])

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from ringattn.kernels.interface import nothing_seen, row_delta
+from ringattn.kernels.interface import nothing_seen
 from ringattn.kernels.portable import TritonKernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.segments import Segment, Segments
@@ -77,6 +77,21 @@ def test_any_strides(tiling):
     check(Inputs(q, k, v, dout), Segments([Segment(0, 20, 0, 20, 0)]))
 
 
+def test_heads_and_sequences_that_share_memory(tiling):
+    q, k, v, dout = make_inputs((1, 20, 4, 16), (1, 20, 1, 16), 16, torch.float32)
+    q, dout = (x.expand(2, -1, -1, -1) for x in (q, dout))
+    k, v = (x.expand(2, -1, 2, -1) for x in (k, v))
+    check(Inputs(q, k, v, dout), Segments([Segment(0, 20, 0, 20, 0)]))
+
+
+def test_heads_in_sections(tiling, monkeypatch):
+    from ringattn.kernels import triton_launch
+
+    assert [triton_launch.section(8, 12 << 20), triton_launch.section(8, 40 << 20)] == [2, 1]
+    monkeypatch.setattr(triton_launch, "section", lambda units, bytes_each: units // 2)
+    check(make_inputs((2, 20, 4, 16), (2, 20, 2, 16), 16, torch.float32), Segments([Segment(0, 20, 0, 20, 0)]))
+
+
 def test_pieces_merge_into_the_whole(tiling):
     inputs = make_inputs((1, 40, 2, 16), (1, 40, 1, 16), 16, torch.float16)
     q, k, v, _ = inputs
@@ -120,7 +135,7 @@ def test_empty_shards(rows, keys):
     out, lse = KERNEL.forward(q, k, v, Segments(), scale=0.3)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
-    grads = KERNEL.backward(dout, q, k, v, out, lse, row_delta(dout, out), Segments(), scale=0.3)
+    grads = KERNEL.backward(dout, q, k, v, out, lse, KERNEL.row_delta(dout, out), Segments(), scale=0.3)
     assert all((grad == 0).all() for grad in grads)
 
 

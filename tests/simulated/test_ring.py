@@ -7,7 +7,7 @@ import torch
 
 from ringattn.executors import ring
 from ringattn.executors.call import Buffers, Call
-from ringattn.kernels.interface import Kernel, row_delta
+from ringattn.kernels.interface import Kernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.registry import KERNELS
 from ringattn.launch.oracle import Case, Inputs, Result, attend_on_one_rank, exact, make_inputs
@@ -24,7 +24,7 @@ def through_the_ring(plan: Plan, kernel: Kernel, case: Case, inputs: Inputs) -> 
         call = Call(plan, rank, kernel, case.head_dim**-0.5, transport, Buffers())
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
         out, lse = ring.forward(call, q, k, v)
-        grads = ring.backward(call, dout, q, k, v, out, lse, row_delta(dout, out))
+        grads = ring.backward(call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out))
         return Result(out, *(grad.to(q.dtype) for grad in grads))
 
     parts = simulate(plan.ranks, work)
@@ -95,7 +95,7 @@ def test_memory_does_not_grow_with_the_ring(ranks):
         call = Call(plan, rank, KERNELS["reference"], 1.0, transport, pools[rank])
         q, k, v, dout = torch.randn(4, 1, tokens, heads, head_dim)
         out, lse = ring.forward(call, q, k, v)
-        ring.backward(call, dout, q, k, v, out, lse, row_delta(dout, out))
+        ring.backward(call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out))
 
     simulate(ranks, work)
     shard = 2 * tokens * heads * head_dim * 4
