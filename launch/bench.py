@@ -18,14 +18,20 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from . import entry
-from .benchmarks import kernel, scaling
+from .benchmarks import kernel, memory, precision, scaling, utilization
 from .benchmarks.tables import table
 from .gang import Place
 from .records import append_records
 
 __all__ = ["bench"]
 
-BENCHES = {"kernel": (kernel.KernelBench, kernel.run), "scaling": (scaling.ScalingBench, scaling.run)}
+BENCHES = {
+    "kernel": (kernel.KernelBench, kernel.run),
+    "scaling": (scaling.ScalingBench, scaling.run),
+    "memory": (memory.MemoryBench, memory.run),
+    "precision": (precision.PrecisionBench, precision.run),
+    "utilization": (utilization.UtilizationBench, utilization.run),
+}
 
 
 def resolve(config: DictConfig) -> Any:

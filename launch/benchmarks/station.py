@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +17,8 @@ from ringattn.layout import make_layout
 from ..oracle import Case, Inputs, Result, make_inputs
 from .across import Across, Local, Share, cut
 from .implementations import Implementation, Ours
-from .timing import Meter
+from .timing import Meter, slowest
+from .tracing import Interval, intervals, most_allocated, trace
 from .truth import Truth, one_head
 
 __all__ = ["Station"]
@@ -86,24 +89,47 @@ class Station:
         out = each.attend(q, k, v, self.case)
         return out.detach(), *torch.autograd.grad(out, (q, k, v), x.dout)
 
-    def time(self, each: Across, which: str, meter: Meter) -> dict[str, Any]:
-        """What `meter` finds of one pass on this rank, and the most memory that it took, in GiB."""
-        case, before = self.case, self.allocated()
+    @contextmanager
+    def ready(self, each: Across, which: str) -> Iterator[tuple[Callable[[], object], Inputs]]:
+        """One pass of an implementation, ready to be called and called before, and its inputs."""
         x = cut(each, self.whole(), self.rank, self.size)
 
         def forward() -> None:
             with torch.no_grad():
-                each.attend(x.q, x.k, x.v, case)
+                each.attend(x.q, x.k, x.v, self.case)
 
-        with each.ready(case, self.device):
+        with each.ready(self.case, self.device):
             work = {"forward": forward, "forward+backward": lambda: self.differentiate(each, x)}[which]
             work()
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            found: dict[str, Any] = meter.measure(work, self.device)
-            found["gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30 if before is not None else None
+            yield work, x
         self.tidy()
-        return found
+
+    def time(self, each: Across, which: str, meter: Meter) -> dict[str, Any]:
+        """What `meter` finds of one pass on this rank, and on GPUs the most memory that it took, in GiB."""
+        before = self.allocated()
+        with self.ready(each, which) as (work, _):
+            self.reset_peak()
+            found: dict[str, Any] = meter.measure(work, self.device)
+            return found | {"gib": self.peak(before) if self.device.type == "cuda" else None}
+
+    def weigh(self, each: Across, which: str) -> float:
+        """The most memory that one pass takes on this rank, inputs included, in GiB."""
+        before = self.allocated()
+        with self.ready(each, which) as (work, x):
+            if self.device.type == "cuda":
+                self.reset_peak()
+                work()
+                return self.peak(before)
+            events = trace(work, self.device, memory=True)
+            return (most_allocated(events) + sum(tensor.nbytes for tensor in x)) / 2**30
+
+    def follow(self, each: Across, which: str) -> list[Interval]:
+        """When this rank computed and communicated in one pass that all ranks began together, the second of two."""
+        with self.ready(each, which) as (work, _):
+            slowest(0.0)
+            trace(work, self.device)  # the profiler's own start is slow
+            slowest(0.0)
+            return intervals(trace(work, self.device))
 
     def time_alone(self, kernel: str, which: str, meter: Meter) -> dict[str, Any]:
         """One GPU, the whole sequence; all ranks do the same."""
@@ -128,8 +154,17 @@ class Station:
         self.tidy()
         return found
 
-    def allocated(self) -> int | None:
-        return torch.cuda.memory_allocated() if self.device.type == "cuda" else None
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
+    def reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self, before: int) -> float:
+        """In GiB, less what was there before."""
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
 
     def tidy(self) -> None:
         """Gives unused memory back, so that everybody starts from the same state."""

@@ -1,41 +1,115 @@
-"""Records as a table for the terminal: a row per case and implementation, some columns per pass."""
+"""Records as tables, in markdown that lines up in a terminal too; a table for each bench."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..report import markdown
 
-__all__ = ["table"]
+__all__ = ["spell_case", "table"]
 
 RIVALS = {"torch-cudnn": "/cuDNN", "torch-fa2": "/FA2"}  # a ratio above 1 is faster than that one
-SIDE = {"exposed_ms": "exposed ms", "synchronised_ms": "synchronised ms"}  # beside the time
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both"}
+Record = Mapping[str, Any]
+Rows = dict[tuple[Any, ...], dict[str, str]]
 
 
-def spell_case(record: dict[str, Any]) -> str:
+def spell_case(record: Record) -> str:
     return "{batch}/{q_heads}:{kv_heads}/{head_dim}/{seq_len}/{mask} {dtype}".format(**record)
 
 
-def table(records: Iterable[dict[str, Any]]) -> str:
-    """Median time, TFLOP/s per GPU, and what else there is of each; in markdown. A rival's ratio is of TFLOP/s, its own
-    of the same run."""
+def grid(rows: Rows) -> str:
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    return markdown(list(rows.values()), list(columns))
+
+
+def row_of(rows: Rows, record: Record, *keys: str) -> dict[str, str]:
+    """The row that a record belongs to, made when first asked for."""
+    case, name = spell_case(record), record["impl"]
+    start = {"case": case, "implementation": name} | {key: str(record[key]) for key in keys}
+    return rows.setdefault(tuple(start.values()), start)
+
+
+def kernels(records: Iterable[Record]) -> str:
+    """Time, rate, and the ratio of rates to each rival's of the same run."""
     figures = {(spell_case(each), each["impl"], each["pass"]): each for each in records}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for (case, name, which), record in figures.items():
-        row = rows.setdefault((case, name), {"case": case, "implementation": name})
-        short = SHORT[which]
+    rows: Rows = {}
+    for (case, _, which), record in figures.items():
+        row, short = row_of(rows, record), SHORT[which]
         row[f"{short} ms"] = f"{record['median_ms']:.3f}"
         row[f"{short} TFLOP/s"] = f"{record['tflops_per_gpu']:.3g}"
-        if record["efficiency"] is not None:
-            row[f"{short} efficiency"] = f"{record['efficiency']:.1%}"
-        for key, head in SIDE.items():
-            if record.get(key) is not None:
-                row[f"{short} {head}"] = f"{record[key]:.3f}"
         for rival, sign in RIVALS.items():
             other = figures.get((case, rival, which))
             if other is not None:
                 row[f"{short} {sign}"] = f"{record['tflops_per_gpu'] / other['tflops_per_gpu']:.2f}"
-    columns = dict.fromkeys(column for row in rows.values() for column in row)
-    return markdown(list(rows.values()), list(columns))
+    return grid(rows)
+
+
+def scaling(records: Iterable[Record]) -> str:
+    """Time with the host running ahead and waiting, rate, efficiency, what communication adds."""
+    rows: Rows = {}
+    for record in records:
+        row, short = row_of(rows, record, "ranks", "kernel"), SHORT[record["pass"]]
+        row[f"{short} ms"] = f"{record['median_ms']:.3f}"
+        row[f"{short} waiting"] = f"{record['synchronised_ms']:.3f}"
+        row[f"{short} exposed"] = "" if record["exposed_ms"] is None else f"{record['exposed_ms']:.3f}"
+        row[f"{short} TFLOP/s"] = f"{record['tflops_per_gpu']:.3g}"
+        row[f"{short} efficiency"] = "" if record["efficiency"] is None else f"{record['efficiency']:.1%}"
+    return grid(rows)
+
+
+def memory(records: Iterable[Record]) -> str:
+    """GiB, a column per ring."""
+    rows: Rows = {}
+    for record in records:
+        tokens = record["seq_len"] // record["ranks"]
+        start = {"tokens per rank": str(tokens), "implementation": record["impl"], "pass": record["pass"]}
+        row = rows.setdefault(tuple(start.values()), start)
+        row[f"{record['ranks']} ranks"] = f"{record['peak_memory_gib']:.4g}"
+    return grid(rows)
+
+
+def precision(records: Iterable[Record]) -> str:
+    """Error against fp64, a column per part."""
+    rows: Rows = {}
+    for record in records:
+        row_of(rows, record, "ranks")[record["part"]] = f"{record['error']:.2e}"
+    return grid(rows)
+
+
+UTILIZATION = {
+    "sm_utilization": "SM",
+    "tensor_utilization": "tensor pipes",
+    "memory_utilization": "memory bandwidth",
+    "l2_hit_rate": "L2 hits",
+    "warp_efficiency": "warp efficiency",
+    "peak_share": "share of peak",
+}
+
+
+def utilization(records: Iterable[Record]) -> str:
+    """The table of the FlashAttention literature, measured; timelines are pictures and have no row."""
+    rows: Rows = {}
+    for record in records:
+        if record["median_ms"] is None:
+            continue
+        row = row_of(rows, record, "pass")
+        row["TFLOP/s"] = f"{record['tflops_per_gpu']:.3g}"
+        for field, head in UTILIZATION.items():
+            row[head] = "" if record[field] is None else f"{record[field]:.1%}"
+    return grid(rows)
+
+
+TABLES: dict[str, Callable[[Iterable[Record]], str]] = {
+    "kernel": kernels,
+    "scaling": scaling,
+    "memory": memory,
+    "precision": precision,
+    "utilization": utilization,
+}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The table of the bench that the records come from."""
+    return TABLES[records[0]["bench"]](records)

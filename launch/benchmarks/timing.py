@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-__all__ = ["FLUSH_BYTES", "Meter", "samples_ms"]
+__all__ = ["FLUSH_BYTES", "Meter", "samples_ms", "slowest"]
 
 # Written before each timed call. It empties every cache, and takes long enough (some 0.3 ms) for the host to have
 # issued the call that follows, so that short kernels are timed and not their launches.

@@ -1,11 +1,7 @@
 """Benches: only what is right gets a figure, and everything else is named with its reason."""
 
-import json
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -89,7 +85,7 @@ def test_a_figure_for_each_pass_in_exactly_these_fields():
     [
         (Slightly(), "wrong: dk errs"),
         (Unfinished(), "ValueError: out holds values that are not finite"),
-        (Hanging(), "no answer within 5 s"),
+        (Hanging(), "no answer within 3 s"),
         (Dying(), "its process died with exit code 7"),
         (Refusing(), "it is Sunday"),
     ],
@@ -101,7 +97,7 @@ def test_no_figure_without_a_right_result(capsys, entrant, reason):
         implementations.Ours("aten"),
         cases=[TOY, TOY],
         passes=["forward"],
-        patience=5 if isinstance(entrant, Hanging) else 60,
+        patience=3 if isinstance(entrant, Hanging) else 60,
     )
     assert [each["impl"] for each in records] == ["ringattn-aten"] * 2
     assert capsys.readouterr().out.count(f"{TOY}: no figure for wrong: {reason}") == 2
@@ -153,14 +149,3 @@ def test_operations_are_counted_as_everybody_counts_them():
 def test_wrong_requests_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         kernel.KernelBench(**options)
-
-
-def test_the_command_prints_a_table_and_appends_records(tmp_path: Path):
-    options = ["parallel.device=cpu", f"cases=[{TOY}]", "rounds=1", "budget_ms=1", "passes=[forward,backward]"]
-    command = [sys.executable, "-m", "ringattn.launch.bench", "bench=kernel", *options, f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run([*command, f"record={tmp_path}/k.jsonl"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert f"{TOY}: no figure for torch-fa2: runs on CUDA devices, not on cpu" in done.stdout
-    assert f"| {TOY} fp32 | ringattn-aten" in done.stdout
-    records = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
-    assert len(records) == 4

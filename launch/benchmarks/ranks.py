@@ -1,0 +1,89 @@
+"""What benches across ranks have in common: the shape, the implementations, where and how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..gang import Place
+from ..oracle import Case
+from ..settings import Parallel, require, require_one_of
+from .across import Across, ours_across
+from .baselines import AllGather, Ulysses
+from .cases import DTYPES, MASKS
+from .crew import Crew
+from .kernel import SPECIFICATION
+from .peers import VARIANTS, RingFlashAttention, TorchContextParallel
+from .station import Station
+from .workers import preload
+
+__all__ = ["ACROSS_PASSES", "AcrossRanks", "across_implementations", "make_crew"]
+
+ACROSS_PASSES = ("forward", "forward+backward")
+
+
+def across_implementations(peer_kernel: str, causal: bool) -> dict[str, Across]:
+    """All that is known, by name: ours first, then the peers over a kernel of torch."""
+    peers = [
+        *(TorchContextParallel(rotation, peer_kernel, causal) for rotation in ("allgather", "alltoall")),
+        *(RingFlashAttention(variant, peer_kernel) for variant in VARIANTS),
+        Ulysses(peer_kernel),
+        AllGather(peer_kernel, causal),
+    ]
+    return {each.name: each for each in (*ours_across(), *peers)}
+
+
+@dataclass(kw_only=True)
+class AcrossRanks:
+    """One shape of heads, some numbers of tokens on each rank."""
+
+    bench: str = ""
+    tokens: list[int] = field(default_factory=list)  # on each rank; empty: what the bench thinks fit for the device
+    batch: int = 1
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    mask: str = "causal"
+    dtype: str = "auto"  # auto: bf16 on GPUs, else fp32
+    passes: list[str] = field(default_factory=lambda: list(ACROSS_PASSES))
+    implementations: list[str] = field(default_factory=list)  # empty: all but those over the specification
+    peer_kernel: str = "auto"  # beneath the peers: cudnn, aten (FlashAttention-2); auto: cudnn on GPUs
+    patience: float = 120.0  # seconds until workers that do not answer are ended
+    seed: int = 0
+    record: str | None = None  # a file of JSON lines to add the results to
+    parallel: Parallel = field(default_factory=Parallel)
+
+    def __post_init__(self) -> None:
+        for key in ("batch", "q_heads", "kv_heads", "head_dim"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        require(min(self.tokens, default=1) >= 1, "tokens", self.tokens, "numbers of at least 1")
+        require(self.q_heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of q_heads={self.q_heads}")
+        require_one_of("mask", self.mask, tuple(MASKS))
+        require_one_of("dtype", self.dtype, ("auto", *DTYPES))
+        require_one_of("peer_kernel", self.peer_kernel, ("auto", "cudnn", "aten"))
+        for key, names in (("passes", ACROSS_PASSES), ("implementations", across_implementations("aten", True))):
+            for name in getattr(self, key):
+                require_one_of(key, name, tuple(names))
+        require(self.patience > 0, "patience", self.patience, "more than 0 seconds")
+
+    def chosen(self, device: torch.device) -> list[Across]:
+        auto = "cudnn" if device.type == "cuda" and self.head_dim <= 128 else "aten"
+        known = across_implementations(auto if self.peer_kernel == "auto" else self.peer_kernel, MASKS[self.mask])
+        names = self.implementations or [name for name in known if not name.startswith(SPECIFICATION)]
+        return [known[name] for name in names]
+
+    def sequences(self, device: torch.device, ranks: int, tokens: dict[str, tuple[int, ...]]) -> list[Case]:
+        """A case for each number of tokens; `tokens` says what is fit, by the kind of device."""
+        auto = "bf16" if device.type == "cuda" else "fp32"
+        dtype = DTYPES[auto if self.dtype == "auto" else self.dtype]
+        heads = (self.q_heads, self.kv_heads, self.head_dim)
+        held = self.tokens or tokens[device.type]
+        return [Case(each * ranks, self.batch, *heads, MASKS[self.mask], dtype) for each in held]
+
+
+def make_crew(place: Place, size: int, patience: float) -> Crew:
+    """Stations on the first `size` ranks."""
+    slow = ["torch._dynamo"] if place.device.type == "cpu" else []  # seconds to import; it may touch a GPU
+    preload(Station.__module__, *slow)
+    return Crew(Station, place, size, patience)
