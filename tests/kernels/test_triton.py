@@ -4,6 +4,7 @@ right thing over random segments is in `test_kernels.py`; here with every way of
 import random
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,43 @@ def test_what_lies_around_a_tensor_is_not_used(tiling):
 
     inputs = make_inputs((1, 40, 2, 24), (1, 36, 2, 24), 24, torch.float32)
     check(Inputs(*map(surrounded, inputs)), Segments([Segment(0, 40, 0, 36, 36)]))
+
+
+def test_wide_heads(tiling):
+    check(make_inputs((1, 20, 1, 160), (1, 20, 1, 160), 136, torch.float32), Segments([Segment(0, 20, 0, 20, 0)]))
+
+
+def test_descriptors_are_for_tensors_that_can_have_one():
+    from ringattn.kernels.triton_arguments import strides, walked
+
+    x = torch.zeros(2, 8, 4, 32, dtype=torch.float16)
+    described: Any = walked(x, TILINGS["descriptors"], 16)
+    assert described[0].shape == [2, 4, 8, 32]
+    assert described[0].strides == [1024, 32, 128, 1]
+    assert described[0].block_shape == [1, 1, 16, 32]
+    assert described[1] is None
+    single = x.as_strided((1, 8, 1, 32), (3, 128, 5, 1))  # strides of single heads and sequences mean nothing
+    described = walked(single, TILINGS["descriptors"], 16)
+    assert described[0].strides == [8, 8, 128, 1]
+    assert strides(single) == (0, 128, 0)
+    for other in (x[..., 1:], x.flatten()[: 8 * 4 * 12].view(1, 8, 4, 12), x[:, :, :1].expand(-1, -1, 3, -1)):
+        block, steps = walked(other, TILINGS["descriptors"], 16)
+        assert block is other
+        assert steps == strides(other)
+    assert walked(x, TILINGS["pointers"], 16)[0] is x
+
+
+def test_tf32_only_where_torch_uses_it():
+    from ringattn.kernels.triton_launch import precision
+
+    assert precision(torch.float32) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert precision(torch.float32) == "tf32"
+        assert precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_heads_in_sections(tiling, monkeypatch):
