@@ -1,4 +1,7 @@
-"""Tables and plots of what was trained: `python -m ringattn.launch.report FOLDER`.
+"""Tables and plots of what was trained and measured.
+
+    python -m ringattn.launch.report FOLDER         a run, or a sweep
+    python -m ringattn.launch.report benchmarks     the committed records, into README.md and docs/benchmarks.md
 
 A run's folder (it holds `metrics.jsonl`) gives its losses over time; a sweep's folder (it holds `results.csv`)
 a row per job, with what all jobs have in common said once. The table goes to stdout, as markdown; the plot to
@@ -22,6 +25,7 @@ from .results import RESULTS, read_rows
 __all__ = ["markdown", "some", "spell"]
 
 PLOT = "losses.png"
+BENCHMARKS = "benchmarks"
 
 
 def spell(value: object) -> str:
@@ -104,8 +108,14 @@ def label(job: Path, shared: set[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ringattn.launch.report", description=__doc__)
-    parser.add_argument("folder", type=Path, help="the folder of a run or of a sweep")
-    folder = parser.parse_args().folder
+    parser.add_argument("folder", help="the folder of a run or of a sweep; or: benchmarks")
+    asked = parser.parse_args().folder
+    if asked == BENCHMARKS:
+        from .benchmarks.publish import publish  # which takes its tables from here
+
+        print("written:", *publish(), sep="\n  ")
+        return
+    folder = Path(asked)
     if (folder / RESULTS).is_file():
         print(report_sweep(folder))
     elif (folder / metrics.METRICS).is_file():
