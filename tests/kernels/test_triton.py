@@ -167,6 +167,23 @@ def test_a_running_result_is_merged_in_place(tiling):
     torch.testing.assert_close((out, lse), expected)
 
 
+@pytest.mark.parametrize("given", ["dk", "dv"])
+def test_one_sum_of_two_is_given(tiling, given):
+    q, k, v, dout = make_inputs((1, 20, 2, 16), (1, 20, 2, 16), 16, torch.float32)
+    segments = Segments([Segment(0, 20, 0, 20, 0)])
+    out, lse = KERNEL.forward(q, k, v, segments, scale=0.3)
+    lse, delta = (x.mT.contiguous().mT for x in (lse, KERNEL.row_delta(dout, out)))  # rows before heads
+    expected = dict(
+        zip(("dq", "dk", "dv"), KERNEL.backward(dout, q, k, v, out, lse, delta, segments, scale=0.3), strict=True)
+    )
+    total = {given: torch.ones_like(expected[given])}
+    got = KERNEL.backward(dout, q, k, v, out, lse, delta, segments, scale=0.3, **total)
+    expected[given] += 1
+    torch.testing.assert_close(dict(zip(("dq", "dk", "dv"), got, strict=True)), expected)
+    reference = ReferenceKernel().backward(dout, q, k, v, out, lse, delta, segments, scale=0.3)
+    torch.testing.assert_close(got[0], reference[0])
+
+
 def test_nothing_to_see(tiling):
     inputs = make_inputs((1, 24, 2, 16), (1, 24, 2, 16), 16, torch.float32)
     for segments in (Segments(), Segments([Segment(0, 4, 0, 4, -4)]), Segments([Segment(18, 2, 5, 1, 0)])):
