@@ -14,7 +14,7 @@ from .crew import Crew
 from .timing import Meter
 from .workers import Failed
 
-__all__ = ["Contest"]
+__all__ = ["Contest", "over_ranks"]
 
 TIMES = ("ahead", "synchronised")
 Figures = dict[str, Any]

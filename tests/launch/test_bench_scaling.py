@@ -19,6 +19,7 @@ from ringattn.launch.benchmarks import scaling
 from ringattn.launch.benchmarks.across import OursAcross, Share, cut, gathered_segments
 from ringattn.launch.benchmarks.baselines import AllGather, Ulysses
 from ringattn.launch.benchmarks.cases import named_case
+from ringattn.launch.benchmarks.contest import over_ranks
 from ringattn.launch.benchmarks.peers import VARIANTS, RingFlashAttention
 from ringattn.launch.gang import Place
 from ringattn.launch.oracle import Inputs, attend_on_one_rank, make_inputs
@@ -50,7 +51,8 @@ class Odd(OursAcross):
             if self.name == "raising":
                 raise ValueError("not this one")
             if self.name == "wrong":
-                v = v * 1.001
+                out = super().attend(q, k, v, case)
+                return out + 0.001 * out.detach()  # so that no gradient tells rank 0
             if self.name == "unfinished":
                 v = v * torch.nan
         return super().attend(q, k, v, case)
@@ -69,7 +71,7 @@ def bench(rank, names, settings):
 
 def test_only_what_is_right_on_every_rank_gets_a_figure():
     reasons = {
-        "wrong": "wrong on rank 0: ",
+        "wrong": "wrong on rank 1: out errs",
         "unfinished": "wrong on rank 0: out, dq, dk: values that are not finite",
         "hanging": "no answer within 4 s on every rank",
         "dying": "its process died with exit code 7 on rank 1",
@@ -100,6 +102,14 @@ def test_ring_flash_attention_is_measured_where_it_is_installed():
     settings = scaling.ScalingBench(**SHAPE, dtype="bf16", rounds=1, budget_ms=1, ahead=3, passes=["forward"])
     records = run_ranks(2, bench, [], settings)[0][0]
     assert [each["impl"] for each in records][3:] == [f"ring-flash-attn-{variant}" for variant in VARIANTS]
+
+
+def test_the_slowest_rank_counts():
+    ranks = [
+        {"ahead": [1.0, 5.0], "synchronised": [3.0], "gib": 0.5},
+        {"ahead": [2.0, 4.0], "synchronised": [2.0], "gib": 0.75},
+    ]
+    assert over_ranks(ranks) == {"ahead": [2.0, 5.0], "synchronised": [3.0], "gib": 0.75}
 
 
 def peers_without_a_gpu(rank):
