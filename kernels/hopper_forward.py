@@ -136,6 +136,25 @@ def load_tiles(
             slot, phase = advance(slot, phase, SLOTS)
 
 
+@gluon.constexpr_function
+def pack_asm(dtype):
+    name = {"bf16": "bf16", "fp16": "f16"}[str(getattr(dtype, "value", dtype))]
+    return f"cvt.rn.{name}x2.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def pack(b_p, dtype: gl.constexpr):
+    b_low, b_high = gl.split(b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]))
+    return gl.inline_asm_elementwise(pack_asm(dtype), "=r,f,f", [b_low, b_high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack(b_pair, dtype: gl.constexpr, LEFT: gl.constexpr):
+    b_low = (b_pair & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
+    b_high = (b_pair >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.convert_layout(gl.join(b_low, b_high).reshape([b_pair.shape[0], b_pair.shape[1] * 2]), LEFT)
+
+
 @gluon.jit
 def fold(b_x):
     """[R, 8, N/8] view such that axis 1 reduces inside a thread."""
@@ -219,7 +238,7 @@ def hide(b_s, last_key, oldest_key, WINDOW: gl.constexpr, S: gl.constexpr):
 def step(
     acc, b_p, b_m, b_l, b_shrink, slot, phase, last_key, oldest_key, q, k_smem, v_smem, full, empty, scale_log2,
     PART: gl.constexpr, PARTS: gl.constexpr, MASKED: gl.constexpr, WINDOW: gl.constexpr,
-    PINGPONG: gl.constexpr, LAZY: gl.constexpr, SKIP: gl.constexpr, EMULATE: gl.constexpr, TREE: gl.constexpr, PIN: gl.constexpr,
+    PINGPONG: gl.constexpr, LAZY: gl.constexpr, SKIP: gl.constexpr, EMULATE: gl.constexpr, TREE: gl.constexpr, PIN: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
     SLOTS: gl.constexpr = k_smem.shape[0]
     ROWS: gl.constexpr = q.shape[0]
@@ -228,7 +247,7 @@ def step(
     ACC: gl.constexpr = product_layout(v_smem.shape[2])
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     mbarrier.wait(full.index(slot), phase)
-    b_left = gl.convert_layout(b_p.to(k_smem.dtype), LEFT)
+    b_left = unpack(b_p, k_smem.dtype, LEFT) if PACK else gl.convert_layout(b_p.to(k_smem.dtype), LEFT)
     b_acc = shrink_rows(acc, b_shrink, SKIP)
     if PINGPONG:
         named_sync(9 + PART, 256)
@@ -244,6 +263,8 @@ def step(
     if PIN:
         b_l = pin(b_l)
     acc = warpgroup_mma_wait(0, deps=(acc,))
+    if PACK:
+        b_p = pack(b_p, k_smem.dtype)
     mbarrier.arrive(empty.index(slot), count=1)
     slot, phase = advance(slot, phase, SLOTS)
     return acc, b_p, b_m, b_l, b_shrink, slot, phase
@@ -285,7 +306,7 @@ def attend_rows(
     q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
     scale, LENGTH, TILES, SIDE, TOTAL, out_strides, lse_strides, before_strides,
     HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr, WINDOW: gl.constexpr,
-    PINGPONG: gl.constexpr, LAZY: gl.constexpr, SKIP: gl.constexpr, EMULATE: gl.constexpr, TREE: gl.constexpr, QREG: gl.constexpr, PIN: gl.constexpr,
+    PINGPONG: gl.constexpr, LAZY: gl.constexpr, SKIP: gl.constexpr, EMULATE: gl.constexpr, TREE: gl.constexpr, QREG: gl.constexpr, PIN: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup"""
     PARTS: gl.constexpr = q_smem.shape[0]
@@ -350,6 +371,8 @@ def attend_rows(
             b_s = hide(b_s, last_key, oldest_key, WINDOW, S)
             b_p, b_m, b_shrink = centre(b_s, b_m, scale_log2, 0, SKIP, TREE)
             b_l = add_up(b_l, b_p, b_shrink, LAZY)
+            if PACK:
+                b_p = pack(b_p, dtype)
             acc = b_acc
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = advance(slot, phase, SLOTS)
@@ -358,19 +381,19 @@ def attend_rows(
                 for j in range(gl.where(i_run == run0, KEYS, 0), length, KEYS):
                     acc, b_p, b_m, b_l, b_shrink, slot, phase = step(
                         acc, b_p, b_m, b_l, b_shrink, slot, phase, last_key - j, oldest_key - j, q, k_smem, v_smem, full, empty,
-                        scale_log2, PART, PARTS, True, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, PIN,
+                        scale_log2, PART, PARTS, True, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, PIN, PACK,
                     )  # fmt: skip
             for i_run in range(first, middle):
                 for _ in range(gl.where(i_run == run0, KEYS, 0), gl.load(runs + 6 * i_run + 1), KEYS):
                     acc, b_p, b_m, b_l, b_shrink, slot, phase = step(
                         acc, b_p, b_m, b_l, b_shrink, slot, phase, last_key, oldest_key, q, k_smem, v_smem, full, empty,
-                        scale_log2, PART, PARTS, False, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, PIN,
+                        scale_log2, PART, PARTS, False, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, PIN, PACK,
                     )  # fmt: skip
             if not QREG:
                 mbarrier.arrive(q_empty.index(PART), count=1)
             mbarrier.wait(full.index(slot), phase)
             b_acc = shrink_rows(acc, b_shrink, SKIP)
-            acc = warpgroup_mma(gl.convert_layout(b_p.to(dtype), LEFT), v_smem.index(slot), b_acc, is_async=True)
+            acc = warpgroup_mma(unpack(b_p, dtype, LEFT) if PACK else gl.convert_layout(b_p.to(dtype), LEFT), v_smem.index(slot), b_acc, is_async=True)
             if LAZY:
                 b_sum = gl.convert_layout(gl.sum(b_l, 1), S_ROW)
             else:
@@ -399,7 +422,7 @@ def forward_kernel(
     out_strides, lse_strides, before_strides,
     HEADS: gl.constexpr, GROUP: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr,
     MERGE: gl.constexpr, WINDOW: gl.constexpr, REGISTERS: gl.constexpr,
-    PINGPONG: gl.constexpr, LAZY: gl.constexpr, SKIP: gl.constexpr, EMULATE: gl.constexpr, TREE: gl.constexpr, QREG: gl.constexpr, PIN: gl.constexpr,
+    PINGPONG: gl.constexpr, LAZY: gl.constexpr, SKIP: gl.constexpr, EMULATE: gl.constexpr, TREE: gl.constexpr, QREG: gl.constexpr, PIN: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k.dtype
     ROWS: gl.constexpr = q.block_type.shape[2]
@@ -424,16 +447,16 @@ def forward_kernel(
     if PARTS == 2:
         gl.warp_specialize([(attend_rows, (0, q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
         scale, LENGTH, TILES, SIDE, TOTAL, out_strides, lse_strides, before_strides,
-        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN)), (attend_rows, (1, q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
+        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN, PACK)), (attend_rows, (1, q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
         scale, LENGTH, TILES, SIDE, TOTAL, out_strides, lse_strides, before_strides,
-        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN)), (load_tiles, (q, k, v, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN, PACK)), (load_tiles, (q, k, v, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
         tiles, runs, flags, error, EPOCH, SLOT, PATIENCE, TILES, SIDE, TOTAL, HEADS, GROUP))], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([(attend_rows, (0, q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
         scale, LENGTH, TILES, SIDE, TOTAL, out_strides, lse_strides, before_strides,
-        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN)), (attend_rows, (1, q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
+        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN, PACK)), (attend_rows, (1, q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
         scale, LENGTH, TILES, SIDE, TOTAL, out_strides, lse_strides, before_strides,
-        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN)), (attend_rows, (2, q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
+        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN, PACK)), (attend_rows, (2, q_smem, k_smem, v_smem, q_full, q_empty, full, empty, out, lse, before, tiles, runs, error,
         scale, LENGTH, TILES, SIDE, TOTAL, out_strides, lse_strides, before_strides,
-        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN)), (load_tiles, (q, k, v, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+        HEADS, E, MERGE, WINDOW, PINGPONG, LAZY, SKIP, EMULATE, TREE, QREG, PIN, PACK)), (load_tiles, (q, k, v, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
         tiles, runs, flags, error, EPOCH, SLOT, PATIENCE, TILES, SIDE, TOTAL, HEADS, GROUP))], [4, 4, 1], [REGISTERS, REGISTERS, 32])

@@ -16,7 +16,7 @@ from .tiles import query_tiles
 from .triton_arguments import block_width, describe, strides
 from .triton_launch import launch, lower, positive, section
 
-OPTIONS = dict(PINGPONG=True, LAZY=True, SKIP=True, EMULATE=0, TREE=True, QREG=False, PIN=True)
+OPTIONS = dict(PINGPONG=True, LAZY=True, SKIP=True, EMULATE=0, TREE=True, QREG=False, PIN=True, PACK=True)
 PARTS, KEYS, SLOTS, REGISTERS, MAXNREG = 2, 128, 3, 240, 168
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = 64
