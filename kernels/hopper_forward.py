@@ -46,7 +46,7 @@ def shrink_constraints(n):
 def exp_asm(n, k):
     """n exponentials, k of them by polynomial"""
     n, k = getattr(n, "value", n), getattr(k, "value", k)
-    out = ["{ .reg .f32 x, r, f, p; .reg .b32 e;"]
+    out = ["{ .reg .f32 x, r, f, p; .reg .b32 e, g;"]
     for i in range(n):
         if i < n - k:
             out.append(f"ex2.approx.ftz.f32 ${i}, ${n + i};")
@@ -54,7 +54,7 @@ def exp_asm(n, k):
             out.append(
                 f"max.f32 x, ${n + i}, 0fC2FC0000; add.rn.f32 r, x, 0f4B400000; sub.rn.f32 f, r, 0f4B400000; sub.rn.f32 f, x, f;"
                 f"fma.rn.f32 p, f, 0f3D61FBAF, 0f3E786F0D; fma.rn.f32 p, p, f, 0f3F31798D; fma.rn.f32 p, p, f, 0f3F7FFB49;"
-                f"mov.b32 e, r; shl.b32 e, e, 23; mov.b32 f, p; add.s32 $" + f"{i}, e, f;"
+                f"mov.b32 e, r; shl.b32 e, e, 23; mov.b32 g, p; add.s32 g, e, g; mov.b32 $" + f"{i}, g;"
             )
     return " ".join(out) + " }"
 
