@@ -16,7 +16,7 @@ from .tiles import query_tiles
 from .triton_arguments import block_width, describe, strides
 from .triton_launch import launch, lower, positive, section
 
-OPTIONS = dict(PINGPONG=True, LAZY=True, SKIP=True, EMULATE=0, TREE=True, QREG=False, PIN=True, PACK=True)
+OPTIONS = dict(TURNS=True, EMULATE=0, PIN=True, QREG=False)
 PARTS, KEYS, SLOTS, REGISTERS, MAXNREG = 2, 128, 3, 240, 168
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = 64
@@ -40,8 +40,7 @@ def forward(q, k, v, segments: Segments, scale, running, out_dtype, arrival=None
         forward_kernel,
         q.device,
         (min(total, processors(q.device)), 1, 1),
-        (described(q, ROWS), described(k, KEYS), described(v, KEYS), out, lse, before, work.tiles, work.runs, work.runs, work.runs,
-         positive(scale), rows, tiles, side, total, 0, 0, 0),
+        (described(q, ROWS), described(k, KEYS), described(v, KEYS), out, lse, before, work.tiles, work.runs, positive(scale), rows, tiles, side, total),
         (strides(out), strides(lse), strides(before)),
         dict(HEADS=heads, GROUP=heads // groups, E=e, SLOTS=SLOTS, PARTS=PARTS, REGISTERS=REGISTERS, num_warps=4, maxnreg=MAXNREG),
         MERGE=running is not None, WINDOW=work.windowed, **OPTIONS,
