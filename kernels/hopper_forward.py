@@ -32,6 +32,7 @@ from .hopper_tile import (
     LOG2E,
     LOWEST,
     advance,
+    await_flag,
     fetch,
     locate,
     named_arrive,
@@ -46,13 +47,14 @@ __all__ = ["forward_kernel"]
 TURN = gl.constexpr(9)  # the first of the named barriers at which warpgroups wait for their turns
 
 
-@gluon.jit(do_not_specialize=["LENGTH", "TILES", "SIDE", "TOTAL"])
+@gluon.jit(do_not_specialize=["LENGTH", "TILES", "SIDE", "TOTAL", "EPOCH", "SLOT", "PATIENCE"])
 def forward_kernel(
     q, k, v, out, lse, before, tiles, runs, scale, LENGTH, TILES, SIDE, TOTAL,
+    flags, error, EPOCH, SLOT, PATIENCE: "i64",
     out_strides, lse_strides, before_strides,
     HEADS: gl.constexpr, GROUP: gl.constexpr, E: gl.constexpr, PARTS: gl.constexpr, SLOTS: gl.constexpr,
-    MERGE: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr, EMULATE: gl.constexpr, REGISTERS: gl.constexpr,
-    PIN: gl.constexpr, QREG: gl.constexpr,
+    MERGE: gl.constexpr, WINDOW: gl.constexpr, WAIT: gl.constexpr, TURNS: gl.constexpr, EMULATE: gl.constexpr,
+    REGISTERS: gl.constexpr,    PIN: gl.constexpr, QREG: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """out and lse of all tiles, in TOTAL pieces of work. q, k, v are descriptors of [B, H, L, D]; with MERGE, `before`
     and `lse` hold what was seen before."""
@@ -65,14 +67,14 @@ def forward_kernel(
     K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
     V: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_E], dtype)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_smem = gl.allocate_shared_memory(dtype, [PARTS, ROWS, BLOCK_D], Q)
+    q_smem = gl.allocate_shared_memory(dtype, [BUFFERS * PARTS, ROWS, BLOCK_D], Q)
     k_smem = gl.allocate_shared_memory(dtype, [SLOTS, KEYS, BLOCK_D], K)
     v_smem = gl.allocate_shared_memory(dtype, [SLOTS, KEYS, BLOCK_E], V)
-    q_full = gl.allocate_shared_memory(gl.int64, [PARTS, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [PARTS, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS * PARTS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS * PARTS, 1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
-    for i in gl.static_range(PARTS):
+    for i in gl.static_range(BUFFERS * PARTS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(SLOTS):
@@ -82,13 +84,14 @@ def forward_kernel(
     queries = q_smem, q_full, q_empty
     ring = k_smem, v_smem, full, empty
     work = tiles, runs, TILES, SIDE, TOTAL
+    arrival = flags, error, EPOCH, SLOT, PATIENCE
     result = out, lse, before, out_strides, lse_strides, before_strides
     if PARTS == 2:
         gl.warp_specialize(
             [
-                (attend_rows, (0, queries, ring, work, result, scale, LENGTH, HEADS, E, MERGE, WINDOW, TURNS, EMULATE, PIN, QREG)),
-                (attend_rows, (1, queries, ring, work, result, scale, LENGTH, HEADS, E, MERGE, WINDOW, TURNS, EMULATE, PIN, QREG)),
-                (copy_blocks, (q, k, v, queries, ring, work, HEADS, GROUP)),
+                (attend_rows, (0, queries, ring, work, result, error, scale, LENGTH, HEADS, E, MERGE, WINDOW, WAIT, TURNS, EMULATE, PARTS, PIN, QREG)),
+                (attend_rows, (1, queries, ring, work, result, error, scale, LENGTH, HEADS, E, MERGE, WINDOW, WAIT, TURNS, EMULATE, PARTS, PIN, QREG)),
+                (copy_blocks, (q, k, v, queries, ring, work, arrival, HEADS, GROUP, WAIT, PARTS)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -96,10 +99,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (attend_rows, (0, queries, ring, work, result, scale, LENGTH, HEADS, E, MERGE, WINDOW, TURNS, EMULATE, PIN, QREG)),
-                (attend_rows, (1, queries, ring, work, result, scale, LENGTH, HEADS, E, MERGE, WINDOW, TURNS, EMULATE, PIN, QREG)),
-                (attend_rows, (2, queries, ring, work, result, scale, LENGTH, HEADS, E, MERGE, WINDOW, TURNS, EMULATE, PIN, QREG)),
-                (copy_blocks, (q, k, v, queries, ring, work, HEADS, GROUP)),
+                (attend_rows, (0, queries, ring, work, result, error, scale, LENGTH, HEADS, E, MERGE, WINDOW, WAIT, TURNS, EMULATE, PARTS, PIN, QREG)),
+                (attend_rows, (1, queries, ring, work, result, error, scale, LENGTH, HEADS, E, MERGE, WINDOW, WAIT, TURNS, EMULATE, PARTS, PIN, QREG)),
+                (attend_rows, (2, queries, ring, work, result, error, scale, LENGTH, HEADS, E, MERGE, WINDOW, WAIT, TURNS, EMULATE, PARTS, PIN, QREG)),
+                (copy_blocks, (q, k, v, queries, ring, work, arrival, HEADS, GROUP, WAIT, PARTS)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 32],
@@ -107,12 +110,16 @@ def forward_kernel(
 
 
 @gluon.jit
-def copy_blocks(q, k, v, queries, ring, work, HEADS: gl.constexpr, GROUP: gl.constexpr):
+def copy_blocks(
+    q, k, v, queries, ring, work, arrival,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, WAIT: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
     """The copying warp: everything that the warpgroups will read, in their order, as soon as there is room."""
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
     tiles, runs, TILES, SIDE, TOTAL = work
-    PARTS: gl.constexpr = q_smem.shape[0]
+    flags, error, EPOCH, SLOT, PATIENCE = arrival
+    BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
     SLOTS: gl.constexpr = k_smem.shape[0]
     KEYS: gl.constexpr = k_smem.shape[1]
@@ -120,48 +127,55 @@ def copy_blocks(q, k, v, queries, ring, work, HEADS: gl.constexpr, GROUP: gl.con
     V_BYTES: gl.constexpr = v.block_type.nbytes
     slot = 0
     phase = 1  # that of a barrier which nobody has used yet counts as over
+    buffer = 0
     q_phase = 1
+    last = -1  # the block whose values come next; no block yet
+    last_b = 0
+    last_g = 0
     for i_round in range(rounds_of(TOTAL)):
         i_b, i_h, row0, begin, end = locate(i_round, tiles, TILES, SIDE, HEADS)
         i_g = i_h // GROUP
-        if begin < end:
-            last = gl.load(runs + 8 * begin)
-            mbarrier.wait(empty.index(slot), phase)
-            mbarrier.expect(full.index(slot), K_BYTES)
-            fetch(k, [i_b, i_g, last, 0], full.index(slot), k_smem.index(slot))
-            slot, phase = advance(slot, phase, SLOTS)
-            for i in gl.static_range(PARTS):
-                mbarrier.wait(q_empty.index(i), q_phase)
-                mbarrier.expect(q_full.index(i), q.block_type.nbytes)
-                fetch(q, [i_b, i_h, row0 + i * ROWS, 0], q_full.index(i), q_smem.index(i))
-            q_phase ^= 1
-            for i_run in range(begin, end):
-                start = gl.load(runs + 8 * i_run)
-                for j in range(gl.where(i_run == begin, KEYS, 0), gl.load(runs + 8 * i_run + 1), KEYS):
-                    mbarrier.wait(empty.index(slot), phase)
+        for i_run in range(begin, end):
+            start = gl.load(runs + 8 * i_run)
+            if WAIT:
+                i_flag = start // SLOT * (HEADS // GROUP) + i_g
+                await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
+            for j in range(0, gl.load(runs + 8 * i_run + 1), KEYS):
+                mbarrier.wait(empty.index(slot), phase)
+                if last >= 0:
                     mbarrier.expect(full.index(slot), K_BYTES + V_BYTES)
-                    fetch(k, [i_b, i_g, start + j, 0], full.index(slot), k_smem.index(slot))
-                    fetch(v, [i_b, i_g, last, 0], full.index(slot), v_smem.index(slot))
-                    last = start + j
-                    slot, phase = advance(slot, phase, SLOTS)
-            mbarrier.wait(empty.index(slot), phase)
-            mbarrier.expect(full.index(slot), V_BYTES)
-            fetch(v, [i_b, i_g, last, 0], full.index(slot), v_smem.index(slot))
-            slot, phase = advance(slot, phase, SLOTS)
+                    fetch(v, [last_b, last_g, last, 0], full.index(slot), v_smem.index(slot))
+                else:
+                    mbarrier.expect(full.index(slot), K_BYTES)
+                fetch(k, [i_b, i_g, start + j, 0], full.index(slot), k_smem.index(slot))
+                slot, phase = advance(slot, phase, SLOTS)
+                last = start + j
+                last_b = i_b
+                last_g = i_g
+                if (i_run == begin) & (j == 0):
+                    for i in gl.static_range(PARTS):
+                        at = buffer * PARTS + i
+                        mbarrier.wait(q_empty.index(at), q_phase)
+                        mbarrier.expect(q_full.index(at), q.block_type.nbytes)
+                        fetch(q, [i_b, i_h, row0 + i * ROWS, 0], q_full.index(at), q_smem.index(at))
+                    buffer, q_phase = advance(buffer, q_phase, BUFFERS)
+    if last >= 0:
+        mbarrier.wait(empty.index(slot), phase)
+        mbarrier.expect(full.index(slot), V_BYTES)
+        fetch(v, [last_b, last_g, last, 0], full.index(slot), v_smem.index(slot))
 
 
 @gluon.jit
 def attend_rows(
-    PART: gl.constexpr, queries, ring, work, result, scale, LENGTH,
-    HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr, WINDOW: gl.constexpr, TURNS: gl.constexpr,
-    EMULATE: gl.constexpr, PIN: gl.constexpr, QREG: gl.constexpr,
+    PART: gl.constexpr, queries, ring, work, result, error, scale, LENGTH,
+    HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr, WINDOW: gl.constexpr, WAIT: gl.constexpr,
+    TURNS: gl.constexpr, EMULATE: gl.constexpr, PARTS: gl.constexpr, PIN: gl.constexpr, QREG: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 rows of every tile, the PART-th ones."""
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
     tiles, runs, TILES, SIDE, TOTAL = work
-    out, lse, before, out_strides, lse_strides, before_strides = result
-    PARTS: gl.constexpr = q_smem.shape[0]
+    BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
     SLOTS: gl.constexpr = k_smem.shape[0]
     KEYS: gl.constexpr = k_smem.shape[1]
@@ -173,57 +187,61 @@ def attend_rows(
     scale_log2 = scale * LOG2E
     slot = 0
     phase = 0
+    buffer = 0
     q_phase = 0
     if TURNS and PART == PARTS - 1:
         named_arrive(TURN, 256)
+    b_none = gl.zeros([ROWS, KEYS], gl.float32, S)
+    b_pair = pack(b_none, dtype)
+    b_acc = gl.zeros([ROWS, BLOCK_E], gl.float32, O)
+    b_m = gl.full([ROWS], LOWEST, gl.float32, ROW)
+    b_l = gl.sum(eighths(b_none), 1)
+    b_shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
+    last_b = 0  # the tile whose last product is still to come; no tile yet
+    last_h = 0
+    last_row0 = LENGTH
+    last = 0
     rounds = rounds_of(TOTAL)
     i_b, i_h, tile0, begin, end = locate(0, tiles, TILES, SIDE, HEADS)
     for i_round in range(rounds):
         next_b, next_h, next_tile0, next_begin, next_end = locate(gl.minimum(i_round + 1, rounds - 1), tiles, TILES, SIDE, HEADS)
-        row0 = tile0 + PART * ROWS
-        b_l = gl.sum(eighths(gl.zeros([ROWS, KEYS], gl.float32, S)), 1)
-        if MERGE:  # what was seen before weighs 2^m in all, an eighth of it in each partial sum
-            b_acc = gl.load(
-                rows_at(before, before_strides, i_b, i_h, row0, ROWS, BLOCK_E, O),
-                mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, O), other=0.0,
-            )  # fmt: skip
-            b_m = gl.load(
-                sums_at(lse, lse_strides, i_b, i_h, row0, ROWS, ROW),
-                mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0, other=-float("inf"),
-            ) * LOG2E  # fmt: skip
-            b_eighth = gl.where(b_m == -float("inf"), 0.0, 0.125)
-            b_l += gl.convert_layout(b_eighth, gl.SliceLayout(1, b_l.type.layout))[:, None]
-            b_m = gl.maximum(b_m, LOWEST)
-        else:
-            b_acc = gl.zeros([ROWS, BLOCK_E], gl.float32, O)
-            b_m = gl.full([ROWS], LOWEST, gl.float32, ROW)
         if begin < end:
             start, length, head, tail, shift, low, high, window = run_at(runs, begin)
             last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
-            mbarrier.wait(q_full.index(PART), q_phase)
+            at = buffer * PARTS + PART
+            mbarrier.wait(q_full.index(at), q_phase)
             if QREG:
-                q = q_smem.index(PART).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
-                mbarrier.arrive(q_empty.index(PART), count=1)
+                q = q_smem.index(at).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
+                mbarrier.arrive(q_empty.index(at), count=1)
             else:
-                q = q_smem.index(PART)
-            q_phase ^= 1
+                q = q_smem.index(at)
             mbarrier.wait(full.index(slot), phase)
+            b_acc = shrink(b_acc, b_shrink)
             if TURNS:
                 named_sync(TURN + PART, 256)
             s = warpgroup_mma(
                 q, k_smem.index(slot).permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, S),
                 use_acc=False, is_async=True,
             )  # fmt: skip
+            acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
             if TURNS:
                 named_arrive(TURN + (PART + 1) % PARTS, 256)
-            b_s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(empty.index(slot), count=1)
-            slot, phase = advance(slot, phase, SLOTS)
+            b_s = warpgroup_mma_wait(1, deps=(s,))
             if (head > 0) | (tail < KEYS):
                 b_s = hide(b_s, last_key, oldest_key, WINDOW)
-            b_p, b_m, b_shrink = centre(b_s, b_m, scale_log2, 0)
-            b_l = add_up(b_l, b_p, b_shrink)
+            b_p, b_new_m, b_shrink = centre(b_s, gl.full([ROWS], LOWEST, gl.float32, ROW), scale_log2, 0)
+            b_new_l = gl.sum(eighths(b_p), 1)
+            if PIN:
+                b_new_l = hold_back(b_new_l)
+            b_acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot, phase = advance(slot, phase, SLOTS)
             b_pair = pack(b_p, dtype)
+            finish(b_acc, b_m, b_l, result, error, last_b, last_h, last_row0, LENGTH, E, MERGE, WAIT)
+            b_acc = gl.zeros([ROWS, BLOCK_E], gl.float32, O)
+            b_m = b_new_m
+            b_l = b_new_l
+            b_shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
             for i_run in range(begin, end):
                 start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
                 last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
@@ -251,34 +269,66 @@ def attend_rows(
                     slot, phase = advance(slot, phase, SLOTS)
                     b_pair = pack(b_p, dtype)
             if not QREG:
-                mbarrier.arrive(q_empty.index(PART), count=1)
-            mbarrier.wait(full.index(slot), phase)
-            b_acc = shrink(b_acc, b_shrink)
-            acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
-            b_sum = gl.convert_layout(gl.sum(b_l, 1), ROW)
-            seen = b_sum > 0.0
-            b_lse = gl.where(seen, (b_m + gl.log2(b_sum)) * LN2, -float("inf"))
-            b_inverse = gl.convert_layout(gl.where(seen, 1.0 / b_sum, 0.0), gl.SliceLayout(1, O))
-            gl.store(
-                sums_at(lse, lse_strides, i_b, i_h, row0, ROWS, ROW), b_lse,
-                mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0,
+                mbarrier.arrive(q_empty.index(at), count=1)
+            buffer, q_phase = advance(buffer, q_phase, BUFFERS)
+            last_b = i_b
+            last_h = i_h
+            last_row0 = tile0 + PART * ROWS
+            last = 1
+        else:
+            finish(
+                gl.zeros([ROWS, BLOCK_E], gl.float32, O), gl.full([ROWS], LOWEST, gl.float32, ROW),
+                gl.sum(eighths(gl.zeros([ROWS, KEYS], gl.float32, S)), 1),
+                result, error, i_b, i_h, tile0 + PART * ROWS, LENGTH, E, MERGE, WAIT,
             )  # fmt: skip
-            b_acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index(slot), count=1)
-            slot, phase = advance(slot, phase, SLOTS)
-            b_acc = b_acc * b_inverse[:, None]
-        elif not MERGE:
-            gl.store(
-                sums_at(lse, lse_strides, i_b, i_h, row0, ROWS, ROW), gl.full([ROWS], -float("inf"), gl.float32, ROW),
-                mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0,
-            )  # fmt: skip
-        gl.store(
-            rows_at(out, out_strides, i_b, i_h, row0, ROWS, BLOCK_E, O), b_acc.to(out.dtype.element_ty),
-            mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, O),
-        )  # fmt: skip
         i_b, i_h, tile0, begin, end = next_b, next_h, next_tile0, next_begin, next_end
+    if last > 0:
+        mbarrier.wait(full.index(slot), phase)
+        b_acc = shrink(b_acc, b_shrink)
+        acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
+        b_acc = warpgroup_mma_wait(0, deps=(acc,))
+        finish(b_acc, b_m, b_l, result, error, last_b, last_h, last_row0, LENGTH, E, MERGE, WAIT)
     if TURNS and PART == 0:
         named_sync(TURN, 256)
+
+
+@gluon.jit
+def finish(b_acc, b_m, b_l, result, error, i_b, i_h, row0, LENGTH, E: gl.constexpr, MERGE: gl.constexpr, WAIT: gl.constexpr):
+    """Writes rows of out and lse, merged with what was seen before."""
+    out, lse, before, out_strides, lse_strides, before_strides = result
+    ROWS: gl.constexpr = b_acc.shape[0]
+    BLOCK_E: gl.constexpr = b_acc.shape[1]
+    O: gl.constexpr = b_acc.type.layout
+    ROW: gl.constexpr = b_m.type.layout
+    p_lse = sums_at(lse, lse_strides, i_b, i_h, row0, ROWS, ROW)
+    real = gl.arange(0, ROWS, layout=ROW) < LENGTH - row0
+    filled = inside(LENGTH - row0, ROWS, E, BLOCK_E, O)
+    b_weight = gl.convert_layout(gl.sum(b_l, 1), ROW)
+    if MERGE:  # out weighs 2^lse
+        b_before_m = gl.load(p_lse, mask=real, other=-float("inf")) * LOG2E
+        b_top = gl.maximum(b_m, b_before_m)
+        b_share = gl.exp2(b_m - b_top)
+        b_before_weight = gl.exp2(b_before_m - b_top)
+        b_weight = b_weight * b_share + b_before_weight
+        b_m = b_top
+    seen = b_weight > 0.0
+    b_lse = gl.where(seen, (b_m + gl.log2(b_weight)) * LN2, -float("inf"))
+    b_inverse = gl.where(seen, 1.0 / b_weight, 0.0)
+    if WAIT:  # keys may not have been there
+        poison = gl.where(gl.load(error, volatile=True) != 0, float("nan"), 0.0)
+        b_lse += poison
+        b_inverse += poison
+    gl.store(p_lse, b_lse, mask=real)
+    if MERGE:
+        b_before = gl.load(
+            rows_at(before, before_strides, i_b, i_h, row0, ROWS, BLOCK_E, O), mask=filled, other=0.0
+        )  # fmt: skip
+        b_acc = b_acc * gl.convert_layout(b_share * b_inverse, gl.SliceLayout(1, O))[:, None]
+        b_acc += b_before * gl.convert_layout(b_before_weight * b_inverse, gl.SliceLayout(1, O))[:, None]
+    else:
+        b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, O))[:, None]
+    p_out = rows_at(out, out_strides, i_b, i_h, row0, ROWS, BLOCK_E, O)
+    gl.store(p_out, b_acc.to(out.dtype.element_ty), mask=filled)
 
 
 @gluon.jit

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper_arguments import described, processors
 from .hopper_forward import forward_kernel
+from .interface import nothing_seen
 from .segments import Segments
 from .tiles import query_tiles
-from .triton_arguments import block_width, describe, strides
+from .triton_arguments import strides
 from .triton_launch import launch, lower, positive, section
 
-OPTIONS = dict(TURNS=True, EMULATE=0, PIN=True, QREG=False)
+__all__ = ["Arrival", "forward"]
+
+OPTIONS = dict(TURNS=True, EMULATE=0, PIN=True, QREG=False, BUFFERS=1)
 PARTS, KEYS, SLOTS, REGISTERS, MAXNREG = 2, 128, 3, 240, 168
-TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-ROWS = 64
+ROWS = 64  # that a warpgroup owns
 
 
-def forward(q, k, v, segments: Segments, scale, running, out_dtype, arrival=None):
+class Arrival(NamedTuple):
+    """Keys and values that arrive while the kernel runs: it reads keys of a source only once their flag has come.
+
+    flags: int32 [sources, G], on the device. Keys from `slot` * i on are the i-th source's, and its key/value head g is
+        there as soon as flags[i, g] has reached `epoch` (may wrap around).
+    patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes
+        1 + i * G + g, no flag is waited for any longer, and all of out and lse that is computed from then on is NaN.
+    """
+
+    flags: Tensor
+    epoch: int
+    slot: int
+    patience_ns: int
+    error: Tensor
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    scale: float,
+    running: tuple[Tensor, Tensor] | None,
+    out_dtype: torch.dtype,
+    arrival: Arrival | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`Kernel.forward`; with `arrival`, of keys and values that are still on their way."""
     batch, rows, heads, d = q.shape
     groups, e = v.shape[2:]
     work = lower(query_tiles, segments, rows, ROWS * PARTS, KEYS, q.device)
+    if not work.busy:
+        out, lse = running or nothing_seen(q, v)
+        return out.to(out_dtype), lse
     if running is None:
         out = before = q.new_empty(batch, rows, heads, e, dtype=out_dtype)
         lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
@@ -33,42 +62,24 @@ def forward(q, k, v, segments: Segments, scale, running, out_dtype, arrival=None
         before, lse = running
         out = before if before.dtype == out_dtype else torch.empty_like(before, dtype=out_dtype)
     tiles = work.busy if running and out is before else len(work.tiles)
-    units = batch * groups
-    side = section(units, (k.numel() + v.numel()) * 2 // units) * (heads // groups)
-    total = tiles * units * (heads // groups)
+    units, group = batch * groups, heads // groups
+    side = group * section(units, (k.numel() + v.numel()) * k.element_size() // units)
+    total = tiles * units * group
+    flags, epoch, slot, patience, error = arrival or (None, 0, 1, 0, None)
     launch(
         forward_kernel,
         q.device,
         (min(total, processors(q.device)), 1, 1),
-        (described(q, ROWS), described(k, KEYS), described(v, KEYS), out, lse, before, work.tiles, work.runs, positive(scale), rows, tiles, side, total),
+        (
+            *(described(x, block) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS))),
+            *(out, lse, before, work.tiles, work.runs, positive(scale), rows, tiles, side, total),
+            *(flags, error, epoch, slot, patience),
+        ),
         (strides(out), strides(lse), strides(before)),
-        dict(HEADS=heads, GROUP=heads // groups, E=e, SLOTS=SLOTS, PARTS=PARTS, REGISTERS=REGISTERS, num_warps=4, maxnreg=MAXNREG),
-        MERGE=running is not None, WINDOW=work.windowed, **OPTIONS,
+        {"HEADS": heads, "GROUP": group, "E": e, "PARTS": PARTS, "SLOTS": SLOTS, "REGISTERS": REGISTERS, "num_warps": 4, "maxnreg": MAXNREG},
+        MERGE=running is not None,
+        WINDOW=work.windowed,
+        WAIT=arrival is not None,
+        **OPTIONS
     )
     return out, lse
-
-
-class CheckedDescriptor(TensorDescriptor):
-    def __post_init__(self):
-        pass
-
-
-def described(x: Tensor, rows: int):
-    spec = describe(x.shape, x.stride(), x.element_size(), rows) if x.data_ptr() % 16 == 0 and x.stride(-1) == 1 else None
-    if spec is None:
-        x = x.contiguous()
-        spec = describe(x.shape, x.stride(), x.element_size(), rows)
-        assert spec is not None
-    shape, step, _ = spec
-    width = max(64, block_width(x.shape[-1]))
-    return CheckedDescriptor(x, shape, step, [1, 1, rows, width], layout(rows, width, x.dtype))
-
-
-@cache
-def layout(rows, width, dtype):
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], TYPES[dtype])
-
-
-@cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

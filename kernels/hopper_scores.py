@@ -23,12 +23,22 @@ ASM_LANES = 16  # exponentials in one piece of assembly
 
 @gluon.jit
 def hide(b_s, last_key, oldest_key, WINDOW: gl.constexpr):
-    """Scores with -inf where a row does not see a key: those after `last_key`, and with a window up to `oldest_key`."""
-    o_key = gl.arange(0, b_s.shape[1], layout=gl.SliceLayout(0, b_s.type.layout))
-    visible = o_key[None, :] <= last_key[:, None]
+    """Scores with -inf where a row does not see a key: those after `last_key`, and with a window up to `oldest_key`.
+
+    In assembly, because there columns are constants; the compiler keeps them all in registers."""
+    EACH: gl.constexpr = b_s.shape[0] * b_s.shape[1] // 128  # numbers in a thread, of two rows in turn
+    b_s, last_key = gl.broadcast(b_s, last_key[:, None])
     if WINDOW:
-        visible = visible & (o_key[None, :] > oldest_key[:, None])
-    return gl.where(visible, b_s, -float("inf"))
+        b_s, oldest_key = gl.broadcast(b_s, oldest_key[:, None])
+        return gl.inline_asm_elementwise(
+            hide_asm(EACH, True), tied(EACH) + 2 * EACH * ",r", [b_s, last_key, oldest_key],
+            dtype=gl.float32, is_pure=True, pack=EACH,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            hide_asm(EACH, False), tied(EACH) + EACH * ",r", [b_s, last_key],
+            dtype=gl.float32, is_pure=True, pack=EACH,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -115,6 +125,26 @@ def shrink_asm(n):
         *(f"mul.f32 ${i}, ${n + i}, ${2 * n + i};" for i in range(n)),
         "SAME:",
     ]
+    return "{ " + " ".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def hide_asm(n, window):
+    """Operands: n results, n scores, n last keys, n oldest keys. See `product_layout` for who has which column."""
+    minus_infinity = "0fFF800000"
+    lines = [
+        ".reg .pred p; .reg .b32 lane, last0, last1, oldest0, oldest1;",
+        "mov.u32 lane, %laneid; and.b32 lane, lane, 3; shl.b32 lane, lane, 1;",
+        f"sub.s32 last0, ${2 * n}, lane; sub.s32 last1, ${2 * n + 2}, lane;",
+    ]
+    if window:
+        lines.append(f"sub.s32 oldest0, ${3 * n}, lane; sub.s32 oldest1, ${3 * n + 2}, lane;")
+    for i in range(n):
+        row, column = i // 2 % 2, 8 * (i // 4) + i % 2
+        lines.append(f"setp.lt.s32 p, last{row}, {column};")
+        if window:
+            lines.append(f"setp.ge.or.s32 p, oldest{row}, {column}, p;")
+        lines.append(f"@p mov.b32 ${i}, {minus_infinity};")
     return "{ " + " ".join(lines) + " }"
 
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from . import triton_tile
 
-__all__ = ["LN2", "LOG2E", "LOWEST", "advance", "fetch", "locate", "named_arrive", "named_sync", "product_layout"]
+__all__ = ["LN2", "LOG2E", "LOWEST", "advance", "await_flag", "fetch", "locate", "named_arrive", "named_sync", "product_layout"]
 __all__ += ["rounds_of", "run_at"]
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -39,6 +39,12 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def afresh(i_x):
+    """i_x; the compiler cannot know, so what follows from it is computed again instead of kept in registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i_x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def named_sync(BARRIER: gl.constexpr, THREADS: gl.constexpr):
     """Waits at a barrier until `THREADS` threads have come to it, this warpgroup's included. Triton itself uses the
     barriers 0 to 8."""
@@ -55,6 +61,37 @@ def named_arrive(BARRIER: gl.constexpr, THREADS: gl.constexpr):
 def barrier_asm(operation, barrier, threads):
     operation, barrier, threads = (getattr(x, "value", x) for x in (operation, barrier, threads))
     return f"bar.{operation} {barrier}, {threads}; mov.b32 $0, 0;"
+
+
+@gluon.jit
+def await_flag(flag, error, EPOCH, PATIENCE, i_flag):
+    """Returns once *flag has reached EPOCH, and what was written before it may be read, by TMA too. Gives up when others
+    did or after PATIENCE nanoseconds: *error becomes 1 + i_flag, and whoever reads keys must look at it afterwards.
+    One warp, all lanes alike. Epochs may wrap around."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred done; .reg .b32 value; .reg .b64 now, end;
+        mov.u64 end, %globaltimer;
+        add.u64 end, end, $4;
+        POLL:
+        ld.acquire.sys.global.b32 value, [$1];
+        sub.s32 value, value, $3;
+        setp.ge.s32 done, value, 0;
+        @done bra THERE;
+        ld.relaxed.gpu.global.b32 value, [$2];
+        setp.ne.s32 done, value, 0;
+        @done bra THERE;
+        mov.u64 now, %globaltimer;
+        setp.lt.u64 done, now, end;
+        @done bra POLL;
+        st.relaxed.gpu.global.b32 [$2], $5;
+        THERE:
+        fence.proxy.async;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,l,r,l,r", [flag.to(gl.uint64), error.to(gl.uint64), EPOCH, PATIENCE, i_flag + 1],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
