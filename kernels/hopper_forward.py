@@ -133,7 +133,9 @@ def copy_blocks(
     last_b = 0
     last_g = 0
     for i_round in range(rounds_of(TOTAL)):
-        i_b, i_h, row0, begin, end = locate(i_round, tiles, TILES, SIDE, HEADS)
+        i_bh, row0, begin, end = locate(i_round, tiles, TILES, SIDE)
+        i_b = i_bh // HEADS
+        i_h = i_bh % HEADS
         i_g = i_h // GROUP
         for i_run in range(begin, end):
             start = gl.load(runs + 8 * i_run)
@@ -175,6 +177,7 @@ def attend_rows(
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
     tiles, runs, TILES, SIDE, TOTAL = work
+    out, lse, before, out_strides, lse_strides, before_strides = result
     BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
     SLOTS: gl.constexpr = k_smem.shape[0]
@@ -197,17 +200,16 @@ def attend_rows(
     b_m = gl.full([ROWS], LOWEST, gl.float32, ROW)
     b_l = gl.sum(eighths(b_none), 1)
     b_shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
-    last_b = 0  # the tile whose last product is still to come; no tile yet
-    last_h = 0
+    last_bh = -1  # the tile whose last product is still to come; no tile yet
     last_row0 = LENGTH
-    last = 0
     rounds = rounds_of(TOTAL)
-    i_b, i_h, tile0, begin, end = locate(0, tiles, TILES, SIDE, HEADS)
+    i_bh, tile0, begin, end = locate(0, tiles, TILES, SIDE)
     for i_round in range(rounds):
-        next_b, next_h, next_tile0, next_begin, next_end = locate(gl.minimum(i_round + 1, rounds - 1), tiles, TILES, SIDE, HEADS)
+        next_bh, next_tile0, next_begin, next_end = locate(gl.minimum(i_round + 1, rounds - 1), tiles, TILES, SIDE)
         if begin < end:
             start, length, head, tail, shift, low, high, window = run_at(runs, begin)
             last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
+            row0 = tile0 + PART * ROWS
             at = buffer * PARTS + PART
             mbarrier.wait(q_full.index(at), q_phase)
             if QREG:
@@ -217,31 +219,45 @@ def attend_rows(
                 q = q_smem.index(at)
             mbarrier.wait(full.index(slot), phase)
             b_acc = shrink(b_acc, b_shrink)
+            if MERGE:
+                acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
+                b_acc = warpgroup_mma_wait(0, deps=(acc,))
+                finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
+                b_m, b_l = start_sums(b_l, lse, lse_strides, i_bh, row0, LENGTH, HEADS, MERGE, ROW)
+                b_acc = start_rows(b_acc, before, before_strides, i_bh, row0, LENGTH, HEADS, E, MERGE)
             if TURNS:
                 named_sync(TURN + PART, 256)
             s = warpgroup_mma(
                 q, k_smem.index(slot).permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, S),
                 use_acc=False, is_async=True,
             )  # fmt: skip
-            acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
+            if not MERGE:
+                acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
             if TURNS:
                 named_arrive(TURN + (PART + 1) % PARTS, 256)
-            b_s = warpgroup_mma_wait(1, deps=(s,))
-            if (head > 0) | (tail < KEYS):
-                b_s = hide(b_s, last_key, oldest_key, WINDOW)
-            b_p, b_new_m, b_shrink = centre(b_s, gl.full([ROWS], LOWEST, gl.float32, ROW), scale_log2, 0)
-            b_new_l = gl.sum(eighths(b_p), 1)
-            if PIN:
-                b_new_l = hold_back(b_new_l)
-            b_acc = warpgroup_mma_wait(0, deps=(acc,))
+            if MERGE:
+                b_s = warpgroup_mma_wait(0, deps=(s,))
+                if (head > 0) | (tail < KEYS):
+                    b_s = hide(b_s, last_key, oldest_key, WINDOW)
+                b_p, b_m, b_shrink = centre(b_s, b_m, scale_log2, 0)
+                b_l = add_up(b_l, b_p, b_shrink)
+            else:
+                b_s = warpgroup_mma_wait(1, deps=(s,))
+                if (head > 0) | (tail < KEYS):
+                    b_s = hide(b_s, last_key, oldest_key, WINDOW)
+                b_new_m, b_new_l = start_sums(b_l, lse, lse_strides, i_bh, row0, LENGTH, HEADS, MERGE, ROW)
+                b_p, b_new_m, b_shrink = centre(b_s, b_new_m, scale_log2, 0)
+                b_new_l = add_up(b_new_l, b_p, b_shrink)
+                if PIN:
+                    b_new_l = hold_back(b_new_l)
+                b_acc = warpgroup_mma_wait(0, deps=(acc,))
+                finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
+                b_acc = start_rows(b_acc, before, before_strides, i_bh, row0, LENGTH, HEADS, E, MERGE)
+                b_m = b_new_m
+                b_l = b_new_l
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = advance(slot, phase, SLOTS)
             b_pair = pack(b_p, dtype)
-            finish(b_acc, b_m, b_l, result, error, last_b, last_h, last_row0, LENGTH, E, MERGE, WAIT)
-            b_acc = gl.zeros([ROWS, BLOCK_E], gl.float32, O)
-            b_m = b_new_m
-            b_l = b_new_l
-            b_shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
             for i_run in range(begin, end):
                 start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
                 last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
@@ -271,46 +287,61 @@ def attend_rows(
             if not QREG:
                 mbarrier.arrive(q_empty.index(at), count=1)
             buffer, q_phase = advance(buffer, q_phase, BUFFERS)
-            last_b = i_b
-            last_h = i_h
-            last_row0 = tile0 + PART * ROWS
-            last = 1
+            last_bh = i_bh
+            last_row0 = row0
         else:
-            finish(
-                gl.zeros([ROWS, BLOCK_E], gl.float32, O), gl.full([ROWS], LOWEST, gl.float32, ROW),
-                gl.sum(eighths(gl.zeros([ROWS, KEYS], gl.float32, S)), 1),
-                result, error, i_b, i_h, tile0 + PART * ROWS, LENGTH, E, MERGE, WAIT,
-            )  # fmt: skip
-        i_b, i_h, tile0, begin, end = next_b, next_h, next_tile0, next_begin, next_end
-    if last > 0:
+            row0 = tile0 + PART * ROWS
+            b_new_m, b_new_l = start_sums(b_l, lse, lse_strides, i_bh, row0, LENGTH, HEADS, MERGE, ROW)
+            b_rows = start_rows(b_acc, before, before_strides, i_bh, row0, LENGTH, HEADS, E, MERGE)
+            finish(b_rows, b_new_m, b_new_l, result, error, i_bh, row0, LENGTH, HEADS, E, WAIT)
+        i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end
+    if last_bh >= 0:
         mbarrier.wait(full.index(slot), phase)
         b_acc = shrink(b_acc, b_shrink)
         acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
         b_acc = warpgroup_mma_wait(0, deps=(acc,))
-        finish(b_acc, b_m, b_l, result, error, last_b, last_h, last_row0, LENGTH, E, MERGE, WAIT)
+        finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
     if TURNS and PART == 0:
         named_sync(TURN, 256)
 
 
 @gluon.jit
-def finish(b_acc, b_m, b_l, result, error, i_b, i_h, row0, LENGTH, E: gl.constexpr, MERGE: gl.constexpr, WAIT: gl.constexpr):
-    """Writes rows of out and lse, merged with what was seen before."""
+def start_sums(b_like, lse, strides, i_bh, row0, LENGTH, HEADS: gl.constexpr, MERGE: gl.constexpr, ROW: gl.constexpr):
+    """Maxima, and partial sums that lie as `b_like`, of rows that have seen what lse says: 2^m in all, an eighth of it in
+    each partial sum."""
+    ROWS: gl.constexpr = b_like.shape[0]
+    PARTS: gl.constexpr = b_like.type.layout
+    if MERGE:
+        p_lse = sums_at(lse, strides, i_bh, row0, HEADS, ROWS, ROW)
+        b_m = gl.load(p_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0, other=-float("inf")) * LOG2E
+        b_eighth = gl.convert_layout(gl.where(b_m == -float("inf"), 0.0, 0.125), gl.SliceLayout(1, PARTS))
+        return gl.maximum(b_m, LOWEST), gl.zeros_like(b_like) + b_eighth[:, None]
+    else:
+        return gl.full([ROWS], LOWEST, gl.float32, ROW), gl.zeros_like(b_like)
+
+
+@gluon.jit
+def start_rows(b_like, before, strides, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr):
+    """Rows of out so far, which lie as `b_like`."""
+    ROWS: gl.constexpr = b_like.shape[0]
+    BLOCK_E: gl.constexpr = b_like.shape[1]
+    O: gl.constexpr = b_like.type.layout
+    if MERGE:
+        p_before = rows_at(before, strides, i_bh, row0, HEADS, ROWS, BLOCK_E, O)
+        return gl.load(p_before, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, O), other=0.0)
+    else:
+        return gl.zeros_like(b_like)
+
+
+@gluon.jit
+def finish(b_acc, b_m, b_l, result, error, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr):
+    """Writes rows of out and lse."""
     out, lse, before, out_strides, lse_strides, before_strides = result
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_E: gl.constexpr = b_acc.shape[1]
     O: gl.constexpr = b_acc.type.layout
     ROW: gl.constexpr = b_m.type.layout
-    p_lse = sums_at(lse, lse_strides, i_b, i_h, row0, ROWS, ROW)
-    real = gl.arange(0, ROWS, layout=ROW) < LENGTH - row0
-    filled = inside(LENGTH - row0, ROWS, E, BLOCK_E, O)
     b_weight = gl.convert_layout(gl.sum(b_l, 1), ROW)
-    if MERGE:  # out weighs 2^lse
-        b_before_m = gl.load(p_lse, mask=real, other=-float("inf")) * LOG2E
-        b_top = gl.maximum(b_m, b_before_m)
-        b_share = gl.exp2(b_m - b_top)
-        b_before_weight = gl.exp2(b_before_m - b_top)
-        b_weight = b_weight * b_share + b_before_weight
-        b_m = b_top
     seen = b_weight > 0.0
     b_lse = gl.where(seen, (b_m + gl.log2(b_weight)) * LN2, -float("inf"))
     b_inverse = gl.where(seen, 1.0 / b_weight, 0.0)
@@ -318,17 +349,11 @@ def finish(b_acc, b_m, b_l, result, error, i_b, i_h, row0, LENGTH, E: gl.constex
         poison = gl.where(gl.load(error, volatile=True) != 0, float("nan"), 0.0)
         b_lse += poison
         b_inverse += poison
-    gl.store(p_lse, b_lse, mask=real)
-    if MERGE:
-        b_before = gl.load(
-            rows_at(before, before_strides, i_b, i_h, row0, ROWS, BLOCK_E, O), mask=filled, other=0.0
-        )  # fmt: skip
-        b_acc = b_acc * gl.convert_layout(b_share * b_inverse, gl.SliceLayout(1, O))[:, None]
-        b_acc += b_before * gl.convert_layout(b_before_weight * b_inverse, gl.SliceLayout(1, O))[:, None]
-    else:
-        b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, O))[:, None]
-    p_out = rows_at(out, out_strides, i_b, i_h, row0, ROWS, BLOCK_E, O)
-    gl.store(p_out, b_acc.to(out.dtype.element_ty), mask=filled)
+    p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
+    gl.store(p_lse, b_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0)
+    b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, O))[:, None]
+    p_out = rows_at(out, out_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, O)
+    gl.store(p_out, b_acc.to(out.dtype.element_ty), mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, O))
 
 
 @gluon.jit
@@ -340,18 +365,22 @@ def sight(length, shift, low, high, window, ROW0: gl.constexpr, ROWS: gl.constex
 
 
 @gluon.jit
-def rows_at(x, strides, i_b, i_h, row0, ROWS: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
+def rows_at(x, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
     """Pointers to rows of one head of x [B, L, H, E]."""
-    x += i_b.to(gl.int64) * strides[0] + row0.to(gl.int64) * strides[1] + i_h.to(gl.int64) * strides[2]
+    i_b = (i_bh // HEADS).to(gl.int64)
+    i_h = (i_bh % HEADS).to(gl.int64)
+    x += i_b * strides[0] + row0.to(gl.int64) * strides[1] + i_h * strides[2]
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     o_e = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT))
     return x + o_row[:, None] * strides[1] + o_e[None, :]
 
 
 @gluon.jit
-def sums_at(lse, strides, i_b, i_h, row0, ROWS: gl.constexpr, ROW: gl.constexpr):
+def sums_at(lse, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
     """Pointers to rows of one head of lse [B, H, L]."""
-    return lse + i_b.to(gl.int64) * strides[0] + i_h.to(gl.int64) * strides[1] + row0 + gl.arange(0, ROWS, layout=ROW)
+    i_b = (i_bh // HEADS).to(gl.int64)
+    i_h = (i_bh % HEADS).to(gl.int64)
+    return lse + i_b * strides[0] + i_h * strides[1] + row0 + gl.arange(0, ROWS, layout=ROW)
 
 
 @gluon.jit

@@ -112,8 +112,8 @@ def piece_of(i_round):
 
 
 @gluon.jit
-def locate(i_round, tiles, TILES, SIDE, HEADS: gl.constexpr):
-    """Batch, head, first row, first run and end of runs of a piece of work.
+def locate(i_round, tiles, TILES, SIDE):
+    """Head (of all sequences' heads), first row, first run and end of runs of a piece of work.
 
     Pieces come in sections of `SIDE` heads, as many as share the L2 cache (`triton_launch.section`); in a section the
     longest tiles come first, and for one tile its heads side by side.
@@ -122,7 +122,5 @@ def locate(i_round, tiles, TILES, SIDE, HEADS: gl.constexpr):
     section = piece // (TILES * SIDE)
     rest = piece - section * (TILES * SIDE)
     i_tile = rest // SIDE
-    i_bh = section * SIDE + rest - i_tile * SIDE
     p_tile = tiles + 3 * i_tile
-    i_b = i_bh // HEADS
-    return i_b, i_bh - i_b * HEADS, gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2)
+    return section * SIDE + rest - i_tile * SIDE, gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2)
