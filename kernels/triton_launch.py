@@ -60,7 +60,6 @@ def forward(
         constants(tiling, heads, groups, d, e),
         MERGE=running is not None,
         WINDOW=work.windowed,
-        AHEAD=tiling.ahead,
         PRECISION=precision(q.dtype),
     )
     return out, lse
@@ -211,6 +210,7 @@ def start_sum(x: Tensor, total: Tensor | None, add: bool) -> Tensor:
 @lru_cache(1024)
 def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[str, int]:
     """What a kernel is compiled for and that a shape and a tiling say."""
+    limit = {} if tiling.registers is None else {"maxnreg": tiling.registers}
     return {
         "HEADS": heads,
         "GROUP": heads // groups,
@@ -222,6 +222,7 @@ def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[s
         "BLOCK_E": block_width(e),
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
+        **limit,
     }
 
 
