@@ -60,34 +60,38 @@ def key_gradients_kernel(
     delta += i_b.to(tl.int64) * HEADS * ROWS
     scale_log2 = scale * LOG2E
 
+    o_row = tl.arange(0, BLOCK_ROWS)
     o_key = tl.arange(0, BLOCK_KEYS)
     b_k = load_block(k, k_strides, i_b, i_g, key0, KEYS - key0, D, BLOCK_KEYS, BLOCK_D)
     b_v = load_block(v, v_strides, i_b, i_g, key0, KEYS - key0, E, BLOCK_KEYS, BLOCK_E)
     b_dk = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_KEYS, BLOCK_E], tl.float32)
-    for i_run in tl.range(tl.load(p_tile + 1), tl.load(p_tile + 2), disable_licm=True):
-        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
-        for i in tl.range(tl.cdiv(length, BLOCK_ROWS) * GROUP, disable_licm=True):
-            i_h = i_g * GROUP + i % GROUP
-            j = i // GROUP * BLOCK_ROWS
-            q_head = head_of(q, q_strides, i_b, i_h)
-            dout_head = head_of(dout, dout_strides, i_b, i_h)
-            b_q = load_block(q_head, q_strides, i_b, i_h, start + j, length - j, D, BLOCK_ROWS, BLOCK_D)
-            b_do = load_block(dout_head, dout_strides, i_b, i_h, start + j, length - j, E, BLOCK_ROWS, BLOCK_E)
-            b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, length - j, float("inf"), BLOCK_ROWS)
-            b_s = dot_rows(b_k, b_q, PRECISION)
-            b_dp = dot_rows(b_v, b_do, PRECISION)
-            b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
-            if (j < head) | (j >= tail):
-                o_row = tl.arange(0, BLOCK_ROWS)[None, :]
-                first_row = tl.where((o_key >= low) & (o_key < high), o_key - shift, length)
-                b_p = tl.where(o_row >= (first_row - j)[:, None], b_p, 0.0)
-                if WINDOW:
-                    b_p = tl.where(o_row < (o_key - shift + window - j)[:, None], b_p, 0.0)
-            b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
-            b_delta = load_rows(delta + i_h.to(tl.int64) * ROWS + start + j, length - j, 0.0, BLOCK_ROWS)
-            b_ds = b_p * (b_dp - b_delta[None, :])
-            b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
+    # Two loops: a row's lse and delta lie in many registers here, and a bounds check takes as many again.
+    for MASKED in tl.static_range(2):
+        parts = 1 + MASKED
+        for i_part in tl.range(tl.load(p_tile + 1) * parts, tl.load(p_tile + 2) * parts, disable_licm=True):
+            start, length, shift, low, high, window = part_at(runs, i_part, MASKED)
+            first_row = tl.where((o_key >= low) & (o_key < high), o_key - shift, length)
+            for i in tl.range(tl.cdiv(length, BLOCK_ROWS) * GROUP, disable_licm=True):
+                i_h = i_g * GROUP + i % GROUP
+                j = i // GROUP * BLOCK_ROWS
+                valid = length - j if MASKED else None
+                q_head = head_of(q, q_strides, i_b, i_h)
+                dout_head = head_of(dout, dout_strides, i_b, i_h)
+                b_q = load_block(q_head, q_strides, i_b, i_h, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
+                b_do = load_block(dout_head, dout_strides, i_b, i_h, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
+                b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
+                b_s = dot_rows(b_k, b_q, PRECISION)
+                b_dp = dot_rows(b_v, b_do, PRECISION)
+                b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
+                if MASKED:
+                    b_p = tl.where(o_row[None, :] >= (first_row - j)[:, None], b_p, 0.0)
+                    if WINDOW:
+                        b_p = tl.where(o_row[None, :] < (o_key - shift + window - j)[:, None], b_p, 0.0)
+                b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
+                b_delta = load_rows(delta + i_h.to(tl.int64) * ROWS + start + j, valid, 0.0, BLOCK_ROWS)
+                b_ds = b_p * (b_dp - b_delta[None, :])
+                b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
 
     o_d = tl.arange(0, BLOCK_D)
     o_e = tl.arange(0, BLOCK_E)
@@ -127,7 +131,6 @@ def query_gradients_kernel(
     b_dq = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for i_run in tl.range(tl.load(p_tile + 1), tl.load(p_tile + 2), disable_licm=True):
         start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
-        last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
         for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
             b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
@@ -136,6 +139,7 @@ def query_gradients_kernel(
             b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
             if (j < head) | (j >= tail):
                 o_key = tl.arange(0, BLOCK_KEYS)[None, :]
+                last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
                 b_p = tl.where(o_key <= (last_key - j)[:, None], b_p, 0.0)
                 if WINDOW:
                     b_p = tl.where(o_key > (o_row + shift - window - j)[:, None], b_p, 0.0)
@@ -146,6 +150,18 @@ def query_gradients_kernel(
     inside = (o_row < ROWS - row0)[:, None] & (o_d < D)[None, :]
     dq = head_of(dq, dq_strides, i_b, i_h) + row0.to(tl.int64) * dq_strides[1]
     put(dq + o_row[:, None] * dq_strides[1] + o_d[None, :], b_dq * scale, inside, ADD)
+
+
+@triton.jit
+def part_at(runs, i_part, MASKED: tl.constexpr):
+    """start, length, shift, low, high, window of the middle of a run, or of what needs a mask before and after it."""
+    if MASKED:
+        start, length, head, tail, shift, low, high, window = run_at(runs, i_part // 2)
+        begin = tl.where(i_part % 2 == 0, 0, tail)
+        end = tl.where(i_part % 2 == 0, tl.minimum(head, length), length)
+    else:
+        start, length, begin, end, shift, low, high, window = run_at(runs, i_part)
+    return start + begin, end - begin, shift + begin, low, high, window
 
 
 @triton.jit

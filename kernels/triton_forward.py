@@ -65,12 +65,12 @@ def forward_kernel(
     # Hoisting out of these loops what only some of their blocks use would cost registers in all of them.
     for i_run in tl.range(tl.load(p_tile + 1), tl.load(p_tile + 2), disable_licm=True):
         start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
-        last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
         for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
             b_s = dot_rows(b_q, b_k, PRECISION)
             if (j < head) | (j >= tail):
                 o_key = tl.arange(0, BLOCK_KEYS)[None, :]
+                last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
                 b_s = tl.where(o_key <= (last_key - j)[:, None], b_s, -float("inf"))
                 if WINDOW:
                     b_s = tl.where(o_key > (o_row + shift - window - j)[:, None], b_s, -float("inf"))
