@@ -85,6 +85,8 @@ def profiled(settings: UtilizationBench, place: Place) -> Iterator[list[dict[str
             record |= {"bench": settings.bench} | peaks | dict.fromkeys(counters.FIELDS)
             record["peak_share"] = record["tflops_per_gpu"] / peaks["peak_tflops"]
             try:
+                if place.device.type != "cuda":
+                    raise counters.Missing("a CPU has none")
                 call = record["impl"], describe(case), record["dtype"], record["pass"]
                 record |= counters.count(*call, seed=settings.seed, patience=settings.patience)
             except counters.Missing as missing:
