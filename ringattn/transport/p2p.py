@@ -47,7 +47,7 @@ class P2PTransport:
 
     def finish(self, work: dist.Work, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """NCCL orders the stream and returns at once, its own watchdog keeps the time; gloo blocks here."""
-        if torch.cuda.is_available() and all(message.tensor.is_cuda for message in (*sends, *receives)):
+        if all(message.tensor.is_cuda for message in (*sends, *receives)):
             work.wait()
             return
         try:

@@ -4,6 +4,7 @@ right thing over random segments is in `test_kernels.py`; here with every way of
 import random
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,54 @@ def test_heads_and_sequences_that_share_memory(tiling):
     check(Inputs(q, k, v, dout), Segments([Segment(0, 20, 0, 20, 0)]))
 
 
+def test_what_lies_around_a_tensor_is_not_used(tiling):
+    def surrounded(x: torch.Tensor) -> torch.Tensor:
+        batch, length, heads, width = x.shape
+        around = x.new_full((batch, length + 40, heads, width + 16), torch.nan)
+        around[:, :length, :, :width] = x
+        return around[:, :length, :, :width]
+
+    inputs = make_inputs((1, 40, 2, 24), (1, 36, 2, 24), 24, torch.float32)
+    check(Inputs(*map(surrounded, inputs)), Segments([Segment(0, 40, 0, 36, 36)]))
+
+
+def test_wide_heads(tiling):
+    check(make_inputs((1, 20, 1, 160), (1, 20, 1, 160), 136, torch.float32), Segments([Segment(0, 20, 0, 20, 0)]))
+
+
+def test_descriptors_are_for_tensors_that_can_have_one():
+    from ringattn.kernels.triton_arguments import strides, walked
+
+    x = torch.zeros(2, 8, 4, 32, dtype=torch.float16)
+    described: Any = walked(x, TILINGS["descriptors"], 16)
+    assert described[0].shape == [2, 4, 8, 32]
+    assert described[0].strides == [1024, 32, 128, 1]
+    assert described[0].block_shape == [1, 1, 16, 32]
+    assert described[1] is None
+    single = x.as_strided((1, 8, 1, 32), (3, 128, 5, 1))  # strides of single heads and sequences mean nothing
+    described = walked(single, TILINGS["descriptors"], 16)
+    assert described[0].strides == [8, 8, 128, 1]
+    assert strides(single) == (0, 128, 0)
+    for other in (x[..., 1:], x.flatten()[: 8 * 4 * 12].view(1, 8, 4, 12), x[:, :, :1].expand(-1, -1, 3, -1)):
+        block, steps = walked(other, TILINGS["descriptors"], 16)
+        assert block is other
+        assert steps == strides(other)
+    assert walked(x, TILINGS["pointers"], 16)[0] is x
+
+
+def test_tf32_only_where_torch_uses_it():
+    from ringattn.kernels.triton_launch import precision
+
+    assert precision(torch.float32) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert precision(torch.float32) == "tf32"
+        assert precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_heads_in_sections(tiling, monkeypatch):
     from ringattn.kernels import triton_launch
 
@@ -116,6 +165,23 @@ def test_a_running_result_is_merged_in_place(tiling):
     assert lse is running[1]
     expected = ReferenceKernel().forward(q, k, v, segments, scale=0.3)
     torch.testing.assert_close((out, lse), expected)
+
+
+@pytest.mark.parametrize("given", ["dk", "dv"])
+def test_one_sum_of_two_is_given(tiling, given):
+    q, k, v, dout = make_inputs((1, 20, 2, 16), (1, 20, 2, 16), 16, torch.float32)
+    segments = Segments([Segment(0, 20, 0, 20, 0)])
+    out, lse = KERNEL.forward(q, k, v, segments, scale=0.3)
+    lse, delta = (x.mT.contiguous().mT for x in (lse, KERNEL.row_delta(dout, out)))  # rows before heads
+    expected = dict(
+        zip(("dq", "dk", "dv"), KERNEL.backward(dout, q, k, v, out, lse, delta, segments, scale=0.3), strict=True)
+    )
+    total = {given: torch.ones_like(expected[given])}
+    got = KERNEL.backward(dout, q, k, v, out, lse, delta, segments, scale=0.3, **total)
+    expected[given] += 1
+    torch.testing.assert_close(dict(zip(("dq", "dk", "dv"), got, strict=True)), expected)
+    reference = ReferenceKernel().backward(dout, q, k, v, out, lse, delta, segments, scale=0.3)
+    torch.testing.assert_close(got[0], reference[0])
 
 
 def test_nothing_to_see(tiling):
