@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from .aten import AtenKernel, CudnnKernel
-from .interface import row_delta
 from .segments import Segment, Segments
 from .tuning import LONG, PASSES, Key, Tiling, architecture, tiling_for
 
@@ -88,7 +87,7 @@ class Problem:
         if name == "forward":
             return lambda: triton_launch.forward(*inputs, None, torch.bfloat16)
         out, lse = triton_launch.forward(*inputs, None, torch.bfloat16)
-        delta = row_delta(self.dout, out)
+        delta = triton_launch.row_delta(self.dout, out)
         rest = (self.dout, *inputs[:3], lse)
         calls = {
             "key gradients": lambda d: triton_launch.key_gradients(*rest, d, *inputs[3:], None, None),
@@ -98,7 +97,7 @@ class Problem:
             return lambda: calls[name](delta)
 
         def backward() -> tuple[Tensor, ...]:
-            delta = row_delta(self.dout, out)
+            delta = triton_launch.row_delta(self.dout, out)
             return (*calls["query gradients"](delta), *calls["key gradients"](delta))
 
         return backward
