@@ -41,7 +41,7 @@ class Across:
     name: str
     layout: str  # how its users cut a sequence
     kernel: str  # what computes on each rank, by its name in `ringattn.kernels.registry`
-    heads_first = False  # takes and gives [B, H, L, D] instead of [B, L, H, D]
+    heads_first = False  # takes and gives [B, H, L, D], views of [B, L, H, D]
 
     @property
     def local(self) -> Local:
@@ -113,4 +113,4 @@ def cut(each: Across, x: Inputs, rank: int, ranks: int) -> Inputs:
     """One rank's part of the whole sequence, as the users of an implementation hold it."""
     layout = ringattn.make_layout(each.layout, x.q.shape[1], ranks)
     parts = (layout.shard(tensor, rank, 1) for tensor in x)
-    return Inputs(*(part.transpose(1, 2).contiguous() if each.heads_first else part for part in parts))
+    return Inputs(*(part.transpose(1, 2) if each.heads_first else part for part in parts))

@@ -1,7 +1,8 @@
 """Local attention as each implementation's users call it: ours, torch's, FlashAttention-4's.
 
-An implementation gets inputs in its own layout beforehand, so no figure holds a transpose that its users would not
-pay. A forward returns out and all that the backward wants; a backward returns dq, dk, dv in the dtype of the inputs.
+All get the same tensors, [B, L, H, D] and contiguous, as a model's projections leave them; who wants heads first gets
+transposed views of them, as its users pass them. A forward returns out and all that the backward wants; a backward
+returns dq, dk, dv in the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Implementation:
     """One way to compute attention on one device. Instances travel to processes, so they hold names only."""
 
     name: str
-    heads_first = False  # takes and gives [B, H, L, D] instead of [B, L, H, D]
+    heads_first = False  # takes and gives [B, H, L, D], views of [B, L, H, D]
 
     def refuses(self, x: Inputs, case: Case) -> str | None:
         """Why it cannot compute such a case here, or None if it can."""
@@ -38,7 +39,7 @@ class Implementation:
 
     def prepare(self, x: Inputs) -> Inputs:
         """Inputs as its users hold them."""
-        return Inputs(*(self.turned(tensor).contiguous() for tensor in x))
+        return Inputs(*(self.turned(tensor) for tensor in x))
 
     def turned(self, x: Tensor) -> Tensor:
         """From [B, L, H, D] to its layout, and back."""

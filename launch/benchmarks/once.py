@@ -1,34 +1,46 @@
-"""One call of a local implementation, for Nsight Compute to look at.
+"""One forward and one backward of each of some local implementations, for Nsight Compute to look at.
 
-    python -m ringattn.launch.benchmarks.once ringattn-triton 1/32:8/128/8192/causal bf16 forward SEED
+    python -m ringattn.launch.benchmarks.once 1/32:8/128/8192/causal bf16 SEED ringattn-triton torch-cudnn ...
 
-Everything before the call, compiling included, is outside the profiled range.
+Everything before a call, compiling included, is outside the profiled ranges. In front of each call stands a kernel
+called `MARKER`, so that a list of all kernels tells which call launched which.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 
-from ..oracle import make_inputs
+from ..oracle import Case, Inputs, make_inputs
 from .cases import DTYPES, named_case
-from .implementations import local_implementations
+from .implementations import Implementation, local_implementations
 
-__all__ = ["main"]
+__all__ = ["MARKER", "main"]
+
+MARKER = "spin_kernel"  # what torch.cuda._sleep launches
 
 
-def main(name: str, case_text: str, dtype: str, which: str, seed: str) -> None:
-    each, case = local_implementations()[name], named_case(case_text, DTYPES[dtype])
-    x = each.prepare(make_inputs(case, int(seed), "cuda"))
+def main(case_text: str, dtype: str, seed: str, *names: str) -> None:
+    case, known = named_case(case_text, DTYPES[dtype]), local_implementations()
+    inputs = make_inputs(case, int(seed), "cuda")
+    for name in names:
+        show(known[name], known[name].prepare(inputs), case)
+
+
+def show(each: Implementation, x: Inputs, case: Case) -> None:
     saved = each.forward(x, case)
     each.backward(x, saved, case)
+    marked(lambda: each.forward(x, case))
+    marked(lambda: each.backward(x, saved, case))
+
+
+def marked(call: Callable[[], object]) -> None:
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    if which == "forward":
-        each.forward(x, case)
-    else:
-        each.backward(x, saved, case)
+    torch.cuda._sleep(1)
+    call()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 

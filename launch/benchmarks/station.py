@@ -48,6 +48,7 @@ class Station:
         """Finds out what is right: the last key/value head, whose addresses are the highest."""
         case = self.case
         self.truth = Truth(case, self.whole(), case.batch - 1, case.kv_heads - 1)
+        self.tidy()
 
     def forget(self) -> None:
         self.truth = None
@@ -74,6 +75,8 @@ class Station:
             return f"{', '.join(infinite)}: values that are not finite"
         tokens = make_layout(each.layout, case.seq_len, self.size).positions(self.rank).to(self.device)
         faults = self.truth.faults(one_head(result, case.batch - 1, case.kv_heads - 1, case.kv_heads), tokens)
+        del x, parts, result
+        self.tidy()
         told = (f"{part} errs {error:.1e}, allowed {allowed:.1e}" for part, (error, allowed) in faults.items())
         return ", ".join(told)
 

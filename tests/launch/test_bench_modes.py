@@ -55,12 +55,20 @@ def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: list[str]) -> 
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
+CASE = ("1/2:1/8/32/causal", "bf16", 0, 20.0)
+MARK = ["0", "at::cuda::(anonymous namespace)::spin_kernel(long)", *("7" for _ in counters.METRICS)]
+
+
 def test_counters_of_several_kernels_are_weighted_by_their_time(tmp_path, monkeypatch):
     units = ["", "", "ns", "byte", "byte", *("%" for _ in counters.SHARES)]
-    first = ["0", "a", "3,000,000", str(2**29), str(2**29), "80", "10", "50", "32", "60"]
-    second = ["1", "b", "1,000,000", "0", str(2**30), "40", "50", "90", "16", "n/a"]
-    pretend(tmp_path, monkeypatch, HEAD, units, first, second)
-    found = counters.count("ringattn-triton", "1/2:1/8/32/causal", "bf16", "forward", seed=0, patience=20)
+    first = ["1", "a", "3,000,000", str(2**29), str(2**29), "80", "10", "50", "32", "60"]
+    second = ["2", "b", "1,000,000", "0", str(2**30), "40", "50", "90", "16", "n/a"]
+    other = ["4", "c", "1,000,000", "0", "0", "25", "0", "0", "0", "0"]
+    pretend(tmp_path, monkeypatch, HEAD, units, MARK, first, second, MARK, other, MARK)
+    counted = counters.count(["ringattn-triton", "torch-fa2"], *CASE)
+    assert list(counted) == [("ringattn-triton", "forward"), ("ringattn-triton", "backward")]
+    assert counted["ringattn-triton", "backward"]["sm_utilization"] == 0.25
+    found = counted["ringattn-triton", "forward"]
     assert set(found) == set(counters.FIELDS)
     assert (found["kernels"], found["profiled_ms"], found["dram_gib"]) == (2, 4.0, 2.0)
     assert found["sm_utilization"] == pytest.approx(0.7)
@@ -72,7 +80,7 @@ def test_counters_of_several_kernels_are_weighted_by_their_time(tmp_path, monkey
 def test_a_profiler_that_sees_nothing_is_named(tmp_path, monkeypatch):
     pretend(tmp_path, monkeypatch)
     with pytest.raises(counters.Missing, match="saw no kernel: ==PROF== Connected to process 1"):
-        counters.count("ringattn-triton", "1/2:1/8/32/causal", "bf16", "forward", seed=0, patience=20)
+        counters.count(["ringattn-triton"], *CASE)
 
 
 @pytest.mark.parametrize(
