@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from ringattn.ranks import group_name, ranks_named
 from ..oracle import Case, Inputs
 from .implementations import Ours
 
-__all__ = ["Across", "Local", "OursAcross", "Share", "cut", "gathered_segments", "ours_across"]
+__all__ = ["NAMED_EXECUTORS", "Across", "Local", "OursAcross", "Share", "cut", "gathered_segments", "ours_across"]
 
 
 class Local(NamedTuple):
@@ -78,9 +79,12 @@ class OursAcross(Across):
         return self.cp.attention(q, k, v, causal=case.causal, seq_len=case.seq_len)
 
 
+NAMED_EXECUTORS = (*EXECUTORS, "auto") if len(EXECUTORS) > 1 else tuple(EXECUTORS)  # where there is a choice, its too
+
+
 def ours_across() -> list[Across]:
     """Every kernel, executor and layout."""
-    return [OursAcross(kernel, executor, layout) for kernel in KERNELS for executor in EXECUTORS for layout in LAYOUTS]
+    return [OursAcross(*way) for way in product(KERNELS, NAMED_EXECUTORS, LAYOUTS)]
 
 
 def gathered_segments(plan: Plan, rank: int) -> Segments:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from ..oracle import Case
 from ..settings import require, require_one_of
 
-__all__ = ["DTYPES", "PASSES", "describe", "mask_of", "named_case", "shape_of", "tera_operations"]
+__all__ = ["DTYPES", "MASKS", "PASSES", "describe", "mask_of", "matching", "named_case", "shape_of", "tera_operations"]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASKS = {"causal": True, "none": False}
 PASSES = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}  # in forwards, arXiv:2307.08691, section 4.1
+T = TypeVar("T")
 SPELLING = re.compile(r"(\d+)/(\d+):(\d+)/(\d+)/(\d+)/([\w-]+)")
 
 
@@ -38,6 +41,24 @@ def named_case(text: str, dtype: torch.dtype = torch.bfloat16) -> Case:
     require(q_heads % kv_heads == 0, "cases", text, f"kv_heads that divide {q_heads}")
     require_one_of("cases: mask", found[6], tuple(MASKS))
     return Case(seq_len, batch, q_heads, kv_heads, head_dim, MASKS[found[6]], dtype)
+
+
+def matching(key: str, patterns: Sequence[str], known: Mapping[str, T]) -> list[T]:
+    """What is known by names that match any of the patterns, each once, in the order of the patterns.
+
+    Raises:
+        ValueError: a pattern that nothing matches; the message lists what there is.
+
+    Example:
+        >>> matching("implementations", ["b?", "a"], {"a": 1, "b1": 2, "b2": 3})
+        [2, 3, 1]
+    """
+    found: dict[str, T] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(known, pattern)
+        require(bool(names), key, pattern, f"one of {', '.join(known)}, or a pattern such as ringattn-*")
+        found |= {name: known[name] for name in names}
+    return list(found.values())
 
 
 def mask_of(case: Case) -> str:

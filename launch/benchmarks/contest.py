@@ -11,7 +11,7 @@ from ..oracle import Case
 from .across import Across, Local
 from .cases import describe, shape_of, tera_operations
 from .crew import Crew
-from .timing import Meter
+from .timing import Deadline, Meter
 from .workers import Failed
 
 __all__ = ["Contest", "over_ranks"]
@@ -62,16 +62,16 @@ class Contest:
                 return f"wrong on rank {rank}: {faults}"
         return None
 
-    def take_turns(self, passes: Sequence[str], rounds: int, meter: Meter) -> list[dict[str, Any]]:
-        """Times everybody, in another order each round."""
+    def take_turns(self, passes: Sequence[str], rounds: int, meter: Meter, deadline: Deadline) -> list[dict[str, Any]]:
+        """Times everybody, in another order each round, until all rounds are over or the deadline is."""
         samples: dict[tuple[str, str], list[Figures]] = {}
         order = random.Random(self.seed)
         for _ in range(rounds):
             turns = [(name, which) for name in self.running for which in passes]
             order.shuffle(turns)
             for name, which in turns:
-                if name not in self.running:
-                    continue  # it failed earlier in this round
+                if name not in self.running or self.crew.share(deadline.passed())[0]:
+                    continue  # it failed earlier in this round, or there is no time left
                 try:
                     found = self.ask("time", self.running[name], which, meter)
                 except Failed as failure:
@@ -79,6 +79,10 @@ class Contest:
                     del self.running[name]
                     continue
                 samples.setdefault((name, which), []).append(over_ranks(found))
+        for name in list(self.running):
+            if not set(passes) <= {which for each, which in samples if each == name}:
+                self.exclude(name, "the deadline passed")
+                del self.running[name]
         references = References(self, meter)
         return [
             self.row(each, which, samples[name, which], references)

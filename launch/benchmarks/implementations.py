@@ -8,6 +8,7 @@ returns dq, dk, dv in the dtype of the inputs.
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -55,9 +56,10 @@ class Implementation:
 class Ours(Implementation):
     """A kernel of this package over the one segment that is the whole sequence."""
 
-    def __init__(self, kernel: str):
+    def __init__(self, kernel: str, deterministic: bool = False):
         self.kernel = kernel
-        self.name = f"ringattn-{kernel}"
+        self.name = f"ringattn-{kernel}" + "-deterministic" * deterministic
+        self.options = {"deterministic": True} if deterministic else {}
 
     def refuses(self, x: Inputs, case: Case) -> str | None:
         return KERNELS[self.kernel].refuses(x.q, x.k, x.v)
@@ -73,7 +75,8 @@ class Ours(Implementation):
     def backward(self, x: Inputs, saved: Saved, case: Case) -> tuple[Tensor, ...]:
         out, lse, segments, scale = saved
         delta = KERNELS[self.kernel].row_delta(x.dout, out)
-        grads = KERNELS[self.kernel].backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, scale=scale)
+        options = {"scale": scale} | self.options
+        grads = KERNELS[self.kernel].backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, **options)
         return tuple(grad.to(x.q.dtype) for grad in grads)
 
 
@@ -157,6 +160,10 @@ class FlashAttention4(Differentiated):
 
 
 def local_implementations() -> dict[str, Implementation]:
-    """All that this bench knows, by name: our kernels first, then the peers."""
+    """All that this bench knows, by name: our kernels first, then the peers. A kernel whose backward can be told to be
+    deterministic appears in both ways."""
     ours = [Ours(name) for name in KERNELS]
+    ours += [
+        Ours(name, True) for name, each in KERNELS.items() if "deterministic" in signature(each.backward).parameters
+    ]
     return {each.name: each for each in (*ours, TorchFlash(), TorchCudnn(), TorchMath(), FlashAttention4())}

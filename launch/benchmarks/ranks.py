@@ -6,19 +6,22 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ringattn.kernels.registry import KERNELS, choose_kernel
+from ringattn.layout import LAYOUTS
+
 from ..gang import Place
 from ..oracle import Case
 from ..settings import Parallel, require, require_one_of
-from .across import Across, ours_across
+from .across import NAMED_EXECUTORS, Across, ours_across
 from .baselines import AllGather, Ulysses
-from .cases import DTYPES, MASKS
+from .cases import DTYPES, MASKS, matching
 from .crew import Crew
 from .kernel import SPECIFICATION
 from .peers import VARIANTS, RingFlashAttention, TorchContextParallel
 from .station import Station
 from .workers import preload
 
-__all__ = ["ACROSS_PASSES", "AcrossRanks", "across_implementations", "make_crew"]
+__all__ = ["ACROSS_PASSES", "AcrossRanks", "across_implementations", "make_crew", "standard"]
 
 ACROSS_PASSES = ("forward", "forward+backward")
 
@@ -34,6 +37,19 @@ def across_implementations(peer_kernel: str, causal: bool) -> dict[str, Across]:
     return {each.name: each for each in (*ours_across(), *peers)}
 
 
+def standard(kernel: str) -> set[str]:
+    """Of ours, what is measured unless asked otherwise: from zigzag through the ring over this kernel, one thing
+    changed at a time."""
+    base = (kernel, "ring", "zigzag")
+    ways = {
+        *((each, *base[1:]) for each in KERNELS),
+        *((kernel, each, "zigzag") for each in NAMED_EXECUTORS),
+        *((*base[:2], each) for each in LAYOUTS),
+    }
+    names = {f"ringattn-{'-'.join(way)}" for way in ways}
+    return {name for name in names if not name.startswith(SPECIFICATION)}
+
+
 @dataclass(kw_only=True)
 class AcrossRanks:
     """One shape of heads, some numbers of tokens on each rank."""
@@ -47,7 +63,7 @@ class AcrossRanks:
     mask: str = "causal"
     dtype: str = "auto"  # auto: bf16 on GPUs, else fp32
     passes: list[str] = field(default_factory=lambda: list(ACROSS_PASSES))
-    implementations: list[str] = field(default_factory=list)  # empty: all but those over the specification
+    implementations: list[str] = field(default_factory=list)  # names or patterns; empty: `standard`
     peer_kernel: str = "auto"  # beneath the peers: cudnn, aten (FlashAttention-2); auto: cudnn on GPUs
     patience: float = 120.0  # seconds until workers that do not answer are ended
     seed: int = 0
@@ -62,24 +78,29 @@ class AcrossRanks:
         require_one_of("mask", self.mask, tuple(MASKS))
         require_one_of("dtype", self.dtype, ("auto", *DTYPES))
         require_one_of("peer_kernel", self.peer_kernel, ("auto", "cudnn", "aten"))
-        for key, names in (("passes", ACROSS_PASSES), ("implementations", across_implementations("aten", True))):
-            for name in getattr(self, key):
-                require_one_of(key, name, tuple(names))
+        for which in self.passes:
+            require_one_of("passes", which, ACROSS_PASSES)
+        matching("implementations", self.implementations, across_implementations("aten", True))
         require(self.patience > 0, "patience", self.patience, "more than 0 seconds")
 
     def chosen(self, device: torch.device) -> list[Across]:
         auto = "cudnn" if device.type == "cuda" and self.head_dim <= 128 else "aten"
         known = across_implementations(auto if self.peer_kernel == "auto" else self.peer_kernel, MASKS[self.mask])
-        names = self.implementations or [name for name in known if not name.startswith(SPECIFICATION)]
-        return [known[name] for name in names]
+        if self.implementations:
+            return matching("implementations", self.implementations, known)
+        nothing = torch.empty(1, 0, 1, self.head_dim, dtype=self.type_on(device), device=device)
+        ours = standard(choose_kernel("auto", nothing, nothing, nothing).kernel.name)
+        return [each for name, each in known.items() if name in ours or not name.startswith("ringattn-")]
+
+    def type_on(self, device: torch.device) -> torch.dtype:
+        auto = "bf16" if device.type == "cuda" else "fp32"
+        return DTYPES[auto if self.dtype == "auto" else self.dtype]
 
     def sequences(self, device: torch.device, ranks: int, tokens: dict[str, tuple[int, ...]]) -> list[Case]:
         """A case for each number of tokens; `tokens` says what is fit, by the kind of device."""
-        auto = "bf16" if device.type == "cuda" else "fp32"
-        dtype = DTYPES[auto if self.dtype == "auto" else self.dtype]
         heads = (self.q_heads, self.kv_heads, self.head_dim)
         held = self.tokens or tokens[device.type]
-        return [Case(each * ranks, self.batch, *heads, MASKS[self.mask], dtype) for each in held]
+        return [Case(each * ranks, self.batch, *heads, MASKS[self.mask], self.type_on(device)) for each in held]
 
 
 def make_crew(place: Place, size: int, patience: float) -> Crew:

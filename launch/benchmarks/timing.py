@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-__all__ = ["FLUSH_BYTES", "Meter", "samples_ms", "slowest"]
+__all__ = ["FLUSH_BYTES", "Deadline", "Meter", "samples_ms", "slowest"]
 
 # Written before each timed call. It empties every cache, and takes long enough (some 0.3 ms) for the host to have
 # issued the call that follows, so that short kernels are timed and not their launches.
@@ -56,6 +57,16 @@ def host_samples(work: Callable[[], object], budget_ms: float, least: int, most:
         return 1e3 * (time.perf_counter() - start)
 
     return [once() for _ in range(count(budget_ms, once(), least, most))]
+
+
+class Deadline:
+    """When to begin nothing more, so that what was measured until then is kept. Starts when made."""
+
+    def __init__(self, seconds: float | None):
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def passed(self) -> bool:
+        return time.monotonic() > self.end
 
 
 @dataclass(frozen=True)

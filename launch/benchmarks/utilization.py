@@ -18,9 +18,9 @@ import torch
 from ..gang import Place
 from ..oracle import Case
 from ..records import circumstances
-from ..settings import require, require_one_of
+from ..settings import require
 from . import counters, kernel
-from .cases import DTYPES, describe, named_case, shape_of
+from .cases import DTYPES, describe, matching, named_case, shape_of
 from .contest import Contest
 from .desk import Desk
 from .implementations import local_implementations
@@ -49,8 +49,7 @@ class UtilizationBench(AcrossRanks):
         super().__post_init__()
         for text in self.cases:
             named_case(text)
-        for name in self.local:
-            require_one_of("local", name, tuple(local_implementations()))
+        matching("local", self.local, local_implementations())
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.budget_ms > 0, "budget_ms", self.budget_ms, "more than 0")
 

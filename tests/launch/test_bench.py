@@ -8,7 +8,7 @@ import torch
 
 from ringattn.kernels.aten import AtenKernel
 from ringattn.launch.benchmarks import implementations, kernel
-from ringattn.launch.benchmarks.cases import describe, named_case, tera_operations
+from ringattn.launch.benchmarks.cases import PASSES, describe, named_case, tera_operations
 from ringattn.launch.benchmarks.truth import Truth, one_head
 from ringattn.launch.oracle import Case, attend_on_one_rank, make_inputs
 
@@ -64,7 +64,8 @@ def measure(*entrants, cases=(TOY,), **options):
 
 
 def test_a_figure_for_each_pass_in_exactly_these_fields():
-    records = measure(implementations.Ours("aten"), implementations.TorchMath(), cases=[TOY, "1/2:2/8/33/none"])
+    entrants = implementations.Ours("aten"), implementations.TorchMath()
+    records = measure(*entrants, cases=[TOY, "1/2:2/8/33/none"], passes=list(PASSES))
     assert [(each["impl"], each["seq_len"], each["pass"]) for each in records] == [
         (name, length, which)
         for length in (100, 33)
@@ -101,6 +102,25 @@ def test_no_figure_without_a_right_result(capsys, entrant, reason):
     )
     assert [each["impl"] for each in records] == ["ringattn-aten"] * 2
     assert capsys.readouterr().out.count(f"{TOY}: no figure for wrong: {reason}") == 2
+
+
+def test_nothing_is_begun_after_the_deadline(capsys):
+    assert not measure(implementations.Ours("aten"), cases=[TOY], deadline=0.0)
+    assert f"{TOY}: not measured: the deadline passed" in capsys.readouterr().out
+
+
+def test_patterns_choose_and_a_kernel_with_a_switch_appears_in_both_ways(monkeypatch):
+    class Switched(AtenKernel):
+        def backward(self, *arguments, deterministic=False, **options):
+            assert deterministic
+            return super().backward(*arguments, **options)
+
+    monkeypatch.setitem(implementations.KERNELS, "swift", Switched())
+    names = [each.name for each in kernel.KernelBench(implementations=["*swift*", "*-swift"]).chosen()]
+    assert names == ["ringattn-swift", "ringattn-swift-deterministic"]
+    each, case = implementations.local_implementations()[names[1]], named_case(TOY, torch.float32)
+    x = make_inputs(case, 0)
+    assert len(each.backward(x, each.forward(x, case), case)) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -98,6 +98,7 @@ ALL = {
     "rivals": scaling.ScalingBench(
         **SHAPE, **QUICK, dtype="bf16", implementations=RIVALS, passes=["forward"], ahead=3
     ),
+    "late": scaling.ScalingBench(**SHAPE, **QUICK, deadline=0.0),
     "memory": memory.MemoryBench(**SHAPE, rings=[1, 2], implementations=[OURS, "allgather"]),
     "utilization": utilization.UtilizationBench(
         **SHAPE, **QUICK, cases=["1/2:1/8/32/causal"], local=["ringattn-aten", "fa4"], implementations=[OURS]
@@ -138,6 +139,10 @@ def test_only_what_is_right_on_every_rank_gets_a_figure(gang):
     elsewhere, silence = gang[1]["contest"]
     assert not silence
     assert len(elsewhere) == len(records)
+
+
+def test_nothing_is_begun_after_the_deadline(measured):
+    assert measured["late"] == ([], "1/4:2/16/48/causal on 2: not measured: the deadline passed\n")
 
 
 def test_a_hang_costs_no_more_than_patience(gang):

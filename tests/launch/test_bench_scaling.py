@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ringattn.kernels.registry import KERNELS
-from ringattn.launch.benchmarks import scaling
+from ringattn.launch.benchmarks import ranks, scaling
 from ringattn.launch.benchmarks.across import OursAcross, Share, cut, gathered_segments
 from ringattn.launch.benchmarks.baselines import AllGather, Ulysses
 from ringattn.launch.benchmarks.cases import named_case
@@ -62,6 +62,17 @@ def test_a_share_of_the_work_is_what_the_ring_computes(layout):
         x = Inputs(x.q, inputs.k[:, order], inputs.v[:, order], x.dout)
         out = share.forward(x, case)[0]
         torch.testing.assert_close(out, right.out[:, plan.layout.positions(rank)])
+
+
+def test_one_thing_at_a_time_is_changed_unless_all_is_asked_for(monkeypatch):
+    monkeypatch.setattr(ranks, "NAMED_EXECUTORS", ("ring", "pull", "auto"))
+    ways = {"aten-ring-zigzag", "aten-pull-zigzag", "aten-auto-zigzag", "aten-ring-contiguous", "aten-ring-striped"}
+    ways |= {f"{name}-ring-zigzag" for name in KERNELS if name != "reference"}
+    assert ranks.standard("aten") == {f"ringattn-{way}" for way in ways}
+    assert [each.name for each in scaling.ScalingBench(implementations=["ul*", "*-aten-ring-*"]).chosen(CPU)] == [
+        "ulysses",
+        *(f"ringattn-aten-ring-{layout}" for layout in ("contiguous", "zigzag", "striped")),
+    ]
 
 
 @pytest.mark.parametrize(
