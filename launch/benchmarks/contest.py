@@ -142,7 +142,7 @@ class References:
         if (subject, which) not in self.found:
             try:
                 answers = self.contest.ask(command, subject, which, self.meter)
-                self.found[subject, which] = over([median(answer["ahead"]) for answer in answers])
+                self.found[subject, which] = over([median(answer) for answer in answers])
             except Failed as failure:
                 self.contest.exclude(f"{command} {subject}, {which}", str(failure))
                 self.found[subject, which] = None

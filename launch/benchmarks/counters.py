@@ -7,7 +7,9 @@ their time.
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,18 +54,27 @@ def count(names: Sequence[str], case_text: str, dtype: str, seed: int, patience:
         log = Path(folder) / "counters.csv"
         profiler = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--log-file", str(log)]
         page = ["--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
-        program = [sys.executable, "-m", once.__name__, case_text, dtype, str(seed), *names]
-        try:
-            done = subprocess.run([*profiler, *page, *program], capture_output=True, text=True, timeout=patience)
-        except subprocess.TimeoutExpired:
-            raise Missing(f"Nsight Compute did not end within {patience:g} s") from None
+        program = [sys.executable, "-m", once.__name__, f"{patience / 2:g}", case_text, dtype, str(seed), *names]
+        said = run([*profiler, *page, *program], patience)
         lines = log.read_text().splitlines() if log.exists() else []
     kernels = [row for row in csv.DictReader(line for line in lines if line.startswith('"')) if row["ID"]]
     if not kernels:
-        last = (done.stderr.strip() or "\n".join(lines) or "no output").splitlines()[-1]
+        last = (said.strip() or "\n".join(lines) or "no output").splitlines()[-1]
         raise Missing(f"Nsight Compute saw no kernel: {last}")
     calls = product(names, ("forward", "backward"))
     return {call: summary(launched) for call, launched in zip(calls, by_call(kernels), strict=False) if launched}
+
+
+def run(command: list[str], patience: float) -> str:
+    """What a command says on its standard error; ended with all that it started if it takes too long."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, start_new_session=True)
+    try:
+        return process.communicate(timeout=patience)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise Missing(f"Nsight Compute did not end within {patience:g} s") from None
 
 
 def by_call(kernels: Iterable[Row]) -> list[list[Row]]:

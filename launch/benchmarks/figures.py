@@ -63,7 +63,7 @@ def bars(
         for x, record in zip(at, held, strict=True):
             axes.annotate(
                 above(record), (x, record["tflops_per_gpu"]), (0, 2), textcoords="offset points", ha="center",
-                fontsize=7, rotation=90 if width < 0.13 else 0,
+                fontsize=8, rotation=90 if width < 0.13 else 0,
             )  # fmt: skip
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.16)

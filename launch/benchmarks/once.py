@@ -1,9 +1,10 @@
 """One forward and one backward of each of some local implementations, for Nsight Compute to look at.
 
-    python -m ringattn.launch.benchmarks.once 1/32:8/128/8192/causal bf16 SEED ringattn-triton torch-cudnn ...
+    python -m ringattn.launch.benchmarks.once SECONDS 1/32:8/128/8192/causal bf16 SEED ringattn-triton torch-cudnn ...
 
 Everything before a call, compiling included, is outside the profiled ranges. In front of each call stands a kernel
-called `MARKER`, so that a list of all kernels tells which call launched which.
+called `MARKER`, so that a list of all kernels tells which call launched which. After SECONDS no call is begun, because
+Nsight Compute tells nothing of a program that it had to end.
 """
 
 from __future__ import annotations
@@ -13,27 +14,29 @@ from collections.abc import Callable
 
 import torch
 
-from ..oracle import Case, Inputs, make_inputs
+from ..oracle import make_inputs
 from .cases import DTYPES, named_case
-from .implementations import Implementation, local_implementations
+from .implementations import local_implementations
+from .timing import Deadline
 
 __all__ = ["MARKER", "main"]
 
 MARKER = "spin_kernel"  # what torch.cuda._sleep launches
 
 
-def main(case_text: str, dtype: str, seed: str, *names: str) -> None:
+def main(seconds: str, case_text: str, dtype: str, seed: str, *names: str) -> None:
+    deadline = Deadline(float(seconds))
     case, known = named_case(case_text, DTYPES[dtype]), local_implementations()
     inputs = make_inputs(case, int(seed), "cuda")
-    for name in names:
-        show(known[name], known[name].prepare(inputs), case)
-
-
-def show(each: Implementation, x: Inputs, case: Case) -> None:
-    saved = each.forward(x, case)
-    each.backward(x, saved, case)
-    marked(lambda: each.forward(x, case))
-    marked(lambda: each.backward(x, saved, case))
+    for each in (known[name] for name in names):
+        if deadline.passed():
+            break
+        x = each.prepare(inputs)
+        saved = each.forward(x, case)
+        each.backward(x, saved, case)
+        marked(lambda each=each, x=x: each.forward(x, case))
+        marked(lambda each=each, x=x, saved=saved: each.backward(x, saved, case))
+        print(f"{each.name}: done", flush=True)
 
 
 def marked(call: Callable[[], object]) -> None:

@@ -35,8 +35,8 @@ class ScalingBench(AcrossRanks):
 
     bench: str = "scaling"
     rounds: int = 2
-    ahead: int = 12  # steps that the host issues before it waits; fewer where they take longer than the budget
-    budget_ms: float = 400.0  # for one implementation, pass and way of waiting in one round
+    ahead: int = 24  # steps that the host issues before it waits; fewer where they take longer than the budget
+    budget_ms: float = 200.0  # for one implementation, pass and way of waiting in one round
     deadline: float | None = None  # seconds after which nothing more is begun; what was measured is kept
 
     def __post_init__(self) -> None:

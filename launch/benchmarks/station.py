@@ -17,7 +17,7 @@ from ringattn.layout import make_layout
 from ..oracle import Case, Inputs, Result, make_inputs
 from .across import Across, Local, Share, cut
 from .implementations import Implementation, Ours
-from .timing import Meter, slowest
+from .timing import Meter, hold, slowest
 from .tracing import Interval, intervals, most_allocated, trace
 from .truth import Truth, one_head
 
@@ -128,17 +128,22 @@ class Station:
 
     def follow(self, each: Across, which: str) -> list[Interval]:
         """When this rank computed and communicated in one pass that all ranks began together, the second of two."""
+
+        def held() -> None:
+            hold(self.device)
+            work()
+
         with self.ready(each, which) as (work, _):
             slowest(0.0)
-            trace(work, self.device)  # the profiler's own start is slow
+            trace(held, self.device)  # the profiler's own start is slow
             slowest(0.0)
-            return intervals(trace(work, self.device))
+            return intervals(trace(held, self.device))
 
-    def time_alone(self, kernel: str, which: str, meter: Meter) -> dict[str, Any]:
+    def time_alone(self, kernel: str, which: str, meter: Meter) -> list[float]:
         """One GPU, the whole sequence; all ranks do the same."""
         return self.time_local(Ours(kernel), self.case, which, meter)
 
-    def time_share(self, local: Local, which: str, meter: Meter) -> dict[str, Any]:
+    def time_share(self, local: Local, which: str, meter: Meter) -> list[float]:
         """This rank's share of the work, all that it needs being there."""
         if local.layout is not None:
             return self.time_local(Share(local, self.rank, self.size), self.case, which, meter)
@@ -146,14 +151,15 @@ class Station:
         case = case._replace(q_heads=case.q_heads // self.size, kv_heads=case.kv_heads // self.size)
         return self.time_local(Ours(local.kernel), case, which, meter)
 
-    def time_local(self, each: Implementation, case: Case, which: str, meter: Meter) -> dict[str, Any]:
+    def time_local(self, each: Implementation, case: Case, which: str, meter: Meter) -> list[float]:
+        """Milliseconds per step, the host running ahead."""
         x = each.prepare(make_inputs(case, self.seed, self.device))
         work = {
             "forward": lambda: each.forward(x, case),
             "forward+backward": lambda: each.backward(x, each.forward(x, case), case),
         }[which]
         work()
-        found = meter.measure(work, self.device)
+        found = meter.measure_ahead(work, self.device)
         self.tidy()
         return found
 

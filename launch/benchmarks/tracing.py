@@ -16,6 +16,7 @@ __all__ = ["Interval", "intervals", "most_allocated", "trace"]
 
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 TRAVELS = ("nccl", "gloo:", "PtoP", "P2P")  # in the name of what moves data between ranks
+HOLDS = "spin_kernel"  # what `timing.hold` launches; nobody's work
 Interval = tuple[str, float, float, str]
 
 
@@ -25,7 +26,7 @@ def trace(work: Callable[[], object], device: torch.device, memory: bool = False
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize(device)
-    with profile(activities=activities, profile_memory=memory) as profiler:
+    with profile(activities=activities, profile_memory=memory, acc_events=True) as profiler:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -52,6 +53,8 @@ def intervals(events: list[dict[str, Any]]) -> list[Interval]:
     gpu = any(event.get("cat") in ON_GPU for event in events)
     for event in events:
         name = event["name"]
+        if HOLDS in name:
+            continue
         travels = any(word in name for word in TRAVELS)
         counts = event.get("cat") in ON_GPU if gpu else travels or ("aten::" in name and "attention" in name)
         if counts and "dur" in event:
