@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any
 
 from ..oracle import Case
-from .across import Across, Local
+from .across import Across, Local, busiest
 from .cases import describe, shape_of, tera_operations
 from .crew import Crew
+from .implementations import BY_TORCH
 from .timing import Deadline, Meter
 from .workers import Failed
 
@@ -134,8 +135,14 @@ class References:
         return (None, None) if best is None else (known[best], best)
 
     def share(self, local: Local, which: str) -> float | None:
-        """The slowest rank's time for its share of the work."""
-        return self.ms("time_share", local, which, max)
+        """The slowest rank's time for its share of the work.
+
+        Torch's kernels take no segments: theirs is the time of the whole sequence, in proportion to the pairs.
+        """
+        if local.kernel not in BY_TORCH:
+            return self.ms("time_share", local, which, max)
+        whole = self.ms("time_torch", local.kernel, which, max)
+        return whole and whole * busiest(local, self.contest.case, self.contest.crew.size)
 
     def ms(self, command: str, subject: Any, which: str, over: Callable[[list[float]], float]) -> float | None:
         """The median on each rank, `over` all ranks."""

@@ -29,7 +29,7 @@ class Desk:
         self.drop()
         self.case, inputs = case, make_inputs(case, seed, self.device)
         refusal = self.implementation.refuses(inputs, case)
-        self.x: Inputs = self.implementation.prepare(inputs) if refusal is None else inputs
+        self.x: Inputs = self.implementation.prepare(inputs, case) if refusal is None else inputs
         return refusal
 
     def check(self, batch: int, group: int) -> list[np.ndarray]:

@@ -21,11 +21,17 @@ from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
 
 from ..oracle import Case, Inputs
+from .masks import mask_name
 
-__all__ = ["Implementation", "local_implementations"]
+__all__ = ["BY_TORCH", "Implementation", "local_implementations", "other_mask"]
 
 aten = torch.ops.aten
 Saved = tuple[Any, ...]  # out first
+
+
+def other_mask(case: Case) -> str | None:
+    """What those say that are called with `causal` and nothing else."""
+    return None if mask_name(case) in ("causal", "none") else f"is not called with the mask {mask_name(case)} here"
 
 
 class Implementation:
@@ -36,9 +42,11 @@ class Implementation:
 
     def refuses(self, x: Inputs, case: Case) -> str | None:
         """Why it cannot compute such a case here, or None if it can."""
-        return None if x.q.is_cuda else f"runs on CUDA devices, not on {x.q.device.type}"
+        if not x.q.is_cuda:
+            return f"runs on CUDA devices, not on {x.q.device.type}"
+        return other_mask(case)
 
-    def prepare(self, x: Inputs) -> Inputs:
+    def prepare(self, x: Inputs, case: Case) -> Inputs:
         """Inputs as its users hold them."""
         return Inputs(*(self.turned(tensor) for tensor in x))
 
@@ -65,7 +73,7 @@ class Ours(Implementation):
         return KERNELS[self.kernel].refuses(x.q, x.k, x.v)
 
     def segments(self, case: Case) -> Segments:
-        return make_plan("contiguous", case.seq_len, 1, causal=case.causal).segments(0, 0)
+        return make_plan("contiguous", case.seq_len, 1, **case.mask).segments(0, 0)
 
     def forward(self, x: Inputs, case: Case) -> Saved:
         segments, scale = self.segments(case), case.head_dim**-0.5
@@ -112,11 +120,14 @@ class TorchCudnn(Implementation):
         )
 
 
+BY_TORCH = {"aten": TorchFlash(), "cudnn": TorchCudnn()}  # by the names of our kernels that call the same
+
+
 class Differentiated(Implementation):
     """One that offers a differentiable function and no backward of its own."""
 
-    def prepare(self, x: Inputs) -> Inputs:
-        q, k, v, dout = super().prepare(x)
+    def prepare(self, x: Inputs, case: Case) -> Inputs:
+        q, k, v, dout = super().prepare(x, case)
         return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
 
     def backward(self, x: Inputs, saved: Saved, case: Case) -> tuple[Tensor, ...]:
@@ -132,10 +143,10 @@ class TorchMath(Differentiated):
 
     def refuses(self, x: Inputs, case: Case) -> str | None:
         if not x.q.is_cuda:
-            return None
+            return other_mask(case)
         needed = self.copies * 4 * case.batch * case.q_heads * case.seq_len**2
         allowed = torch.cuda.get_device_properties(x.q.device).total_memory // 2
-        return f"needs {needed / 2**30:.0f} GiB, more than half of this GPU" if needed > allowed else None
+        return f"needs {needed / 2**30:.0f} GiB, more than half of this GPU" if needed > allowed else other_mask(case)
 
     def forward(self, x: Inputs, case: Case) -> Saved:
         with sdpa_kernel(SDPBackend.MATH):

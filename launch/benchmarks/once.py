@@ -31,7 +31,7 @@ def main(seconds: str, case_text: str, dtype: str, seed: str, *names: str) -> No
     for each in (known[name] for name in names):
         if deadline.passed():
             break
-        x = each.prepare(inputs)
+        x = each.prepare(inputs, case)
         saved = each.forward(x, case)
         each.backward(x, saved, case)
         marked(lambda each=each, x=x: each.forward(x, case))

@@ -14,9 +14,10 @@ from ..oracle import Case
 from ..settings import Parallel, require, require_one_of
 from .across import NAMED_EXECUTORS, Across, ours_across
 from .baselines import AllGather, Ulysses
-from .cases import DTYPES, MASKS, matching
+from .cases import DTYPES, matching, require_mask
 from .crew import Crew
 from .kernel import SPECIFICATION
+from .masks import mask_fields
 from .peers import VARIANTS, RingFlashAttention, TorchContextParallel
 from .station import Station
 from .workers import preload
@@ -37,14 +38,13 @@ def across_implementations(peer_kernel: str, causal: bool) -> dict[str, Across]:
     return {each.name: each for each in (*ours_across(), *peers)}
 
 
-def standard(kernel: str) -> set[str]:
-    """Of ours, what is measured unless asked otherwise: from zigzag through the ring over this kernel, one thing
+def standard(kernel: str, layout: str = "zigzag") -> set[str]:
+    """Of ours, what is measured unless asked otherwise: from this layout through the ring over this kernel, one thing
     changed at a time."""
-    base = (kernel, "ring", "zigzag")
     ways = {
-        *((each, *base[1:]) for each in KERNELS),
-        *((kernel, each, "zigzag") for each in NAMED_EXECUTORS),
-        *((*base[:2], each) for each in LAYOUTS),
+        *((each, "ring", layout) for each in KERNELS),
+        *((kernel, each, layout) for each in NAMED_EXECUTORS),
+        *((kernel, "ring", each) for each in LAYOUTS),
     }
     names = {f"ringattn-{'-'.join(way)}" for way in ways}
     return {name for name in names if not name.startswith(SPECIFICATION)}
@@ -75,7 +75,7 @@ class AcrossRanks:
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         require(min(self.tokens, default=1) >= 1, "tokens", self.tokens, "numbers of at least 1")
         require(self.q_heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of q_heads={self.q_heads}")
-        require_one_of("mask", self.mask, tuple(MASKS))
+        require_mask("mask", self.mask)
         require_one_of("dtype", self.dtype, ("auto", *DTYPES))
         require_one_of("peer_kernel", self.peer_kernel, ("auto", "cudnn", "aten"))
         for which in self.passes:
@@ -85,11 +85,12 @@ class AcrossRanks:
 
     def chosen(self, device: torch.device) -> list[Across]:
         auto = "cudnn" if device.type == "cuda" and self.head_dim <= 128 else "aten"
-        known = across_implementations(auto if self.peer_kernel == "auto" else self.peer_kernel, MASKS[self.mask])
+        known = across_implementations(auto if self.peer_kernel == "auto" else self.peer_kernel, self.mask != "none")
         if self.implementations:
             return matching("implementations", self.implementations, known)
         nothing = torch.empty(1, 0, 1, self.head_dim, dtype=self.type_on(device), device=device)
-        ours = standard(choose_kernel("auto", nothing, nothing, nothing).kernel.name)
+        balanced = "balanced" if "balanced" in LAYOUTS and self.mask not in ("causal", "none") else "zigzag"
+        ours = standard(choose_kernel("auto", nothing, nothing, nothing).kernel.name, balanced)
         return [each for name, each in known.items() if name in ours or not name.startswith("ringattn-")]
 
     def type_on(self, device: torch.device) -> torch.dtype:
@@ -100,7 +101,9 @@ class AcrossRanks:
         """A case for each number of tokens; `tokens` says what is fit, by the kind of device."""
         heads = (self.q_heads, self.kv_heads, self.head_dim)
         held = self.tokens or tokens[device.type]
-        return [Case(each * ranks, self.batch, *heads, MASKS[self.mask], self.type_on(device)) for each in held]
+        lengths = [each * ranks for each in held]
+        dtype = self.type_on(device)
+        return [Case(each, self.batch, *heads, dtype=dtype, **mask_fields(self.mask, each)) for each in lengths]
 
 
 def make_crew(place: Place, size: int, patience: float) -> Crew:

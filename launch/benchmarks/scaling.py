@@ -5,7 +5,7 @@ shuffled order. A figure is the slowest rank's time; the median is over windows 
 waiting, and `synchronised_ms` is the same with a wait after each step. With P ranks:
 
     efficiency  = one GPU's time for the whole sequence with the fastest of our kernels / (P x median_ms)
-    exposed_ms  = median_ms - the time of one rank's share of the work when all that it needs is there
+    exposed_ms  = median_ms - the slowest rank's time for its share of the work when all that it needs is there
 """
 
 from __future__ import annotations

@@ -47,13 +47,15 @@ def most_allocated(events: list[dict[str, Any]]) -> int:
 def intervals(events: list[dict[str, Any]]) -> list[Interval]:
     """(what, start, end, name) in microseconds of each stretch of "compute" and of "communication".
 
-    On GPUs these are kernels and copies; on CPUs attention and what gloo does.
+    On GPUs these are kernels and copies after the last `hold`; on CPUs attention and what gloo does.
     """
     found: list[Interval] = []
+    holds = [event["ts"] for event in events if event.get("cat") in ON_GPU and HOLDS in event["name"]]
+    begin = max(holds, default=0.0)
     gpu = any(event.get("cat") in ON_GPU for event in events)
     for event in events:
         name = event["name"]
-        if HOLDS in name:
+        if HOLDS in name or event["ts"] < begin:
             continue
         travels = any(word in name for word in TRAVELS)
         counts = event.get("cat") in ON_GPU if gpu else travels or ("aten::" in name and "attention" in name)

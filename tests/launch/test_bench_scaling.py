@@ -10,7 +10,7 @@ import torch
 
 from ringattn.kernels.registry import KERNELS
 from ringattn.launch.benchmarks import ranks, scaling
-from ringattn.launch.benchmarks.across import OursAcross, Share, cut, gathered_segments
+from ringattn.launch.benchmarks.across import OursAcross, Share, busiest, cut, gathered_segments
 from ringattn.launch.benchmarks.baselines import AllGather, Ulysses
 from ringattn.launch.benchmarks.cases import named_case
 from ringattn.launch.benchmarks.contest import over_ranks
@@ -35,7 +35,7 @@ def peers_without_a_gpu(rank):
     inputs = make_inputs(case, 0)
     right = attend_on_one_rank(KERNELS["aten"], case, inputs)
     for each in (Ulysses("aten"), AllGather("aten", False)):
-        x = cut(each, inputs, rank, 2)
+        x = cut(each, inputs, case, rank, 2)
         q, k, v = (tensor.requires_grad_() for tensor in x[:3])
         with each.ready(case, CPU):
             out = each.attend(q, k, v, case)
@@ -45,6 +45,13 @@ def peers_without_a_gpu(rank):
 
 def test_the_baselines_compute_without_a_mask_too():
     run_ranks(2, peers_without_a_gpu)
+
+
+def test_the_busiest_rank_of_a_plan_counts():
+    case = named_case("1/2:2/8/64/causal", torch.float32)
+    assert busiest(Ulysses("aten").local, case, 4) == 1 / 4
+    assert busiest(OursAcross("aten", "ring", "zigzag").local, case, 4) == pytest.approx(1 / 4)
+    assert busiest(OursAcross("aten", "ring", "contiguous").local, case, 2) == pytest.approx(3 / 4, rel=0.01)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
@@ -58,7 +65,7 @@ def test_a_share_of_the_work_is_what_the_ring_computes(layout):
     for rank in range(3):
         assert sum(segment.pairs for segment in gathered_segments(plan, rank)) == plan.pairs(rank)
         share = Share(OursAcross("reference", "ring", layout).local, rank, 3)
-        x = share.prepare(inputs)
+        x = share.prepare(inputs, case)
         x = Inputs(x.q, inputs.k[:, order], inputs.v[:, order], x.dout)
         out = share.forward(x, case)[0]
         torch.testing.assert_close(out, right.out[:, plan.layout.positions(rank)])
