@@ -1,57 +1,88 @@
 """torch's own flash attention kernels behind the interface of this package.
 
-torch's kernels know two masks, none and a square causal one, so each segment is cut into at most three pieces
-that they can take, and the pieces merge in fp32:
+torch's kernels know two masks, none and a square causal one, so each segment is cut into pieces that they can take,
+and the pieces merge in fp32:
 
     keys     0 . . offset . . k_len
     rows 0   [ full     ][ causal  ]
          .   [          ][         ]
          m   [ full               ]
-    q_len    [                    ]
+             [ hindmost ][ full   ]    with a window only: a causal piece, turned by half a circle
+    q_len    [          ][        ]
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .interface import accumulate_dtype, nothing_seen, row_delta
 from .merge import merge_
-from .segments import Segments
+from .segments import NO_WINDOW, Segment, Segments
 
 __all__ = ["AtenKernel", "CudnnKernel", "native_pieces"]
 
 aten = torch.ops.aten
 
 
-def native_pieces(segments: Segments) -> Iterator[tuple[slice, slice, bool]]:
-    """Cuts segments into (rows, keys, causal) that are square and causal, or seen whole.
+class Piece(NamedTuple):
+    """Rows and keys that are seen whole, or a square of which row i sees keys up to i ("causal") or from i on
+    ("hindmost")."""
+
+    rows: slice
+    keys: slice
+    seen: str
+
+    def turned(self, x: Tensor, dim: int = 1) -> Tensor:
+        """x, from last to first where that makes the piece causal."""
+        return x.flip(dim) if self.seen == "hindmost" else x
+
+
+def native_pieces(segments: Segments) -> Iterator[Piece]:
+    """Cuts segments into pieces that torch's kernels can take.
 
     Example:
-        >>> for rows, keys, causal in native_pieces(Segments([Segment(0, 4, 0, 3, 1)])):
-        ...     print(f"rows {rows.start}:{rows.stop} keys {keys.start}:{keys.stop} causal={causal}")
-        rows 0:2 keys 0:1 causal=False
-        rows 0:2 keys 1:3 causal=True
-        rows 2:4 keys 0:3 causal=False
+        >>> for rows, keys, seen in native_pieces(Segments([Segment(0, 4, 0, 3, 1)])):
+        ...     print(f"rows {rows.start}:{rows.stop} keys {keys.start}:{keys.stop} {seen}")
+        rows 0:2 keys 0:1 whole
+        rows 0:2 keys 1:3 causal
+        rows 2:4 keys 0:3 whole
     """
+    for q_start, q_len, k_start, k_len, offset, window in narrow(segments):
+        q_end, k_end = q_start + q_len, k_start + k_len
+        corner = k_start + offset
+        risen = q_start + k_len - offset if offset < k_len - 1 else q_start  # the first row to see the last key
+        falling = q_end if window == NO_WINDOW else min(q_start + window - offset, q_end)  # no longer sees the first
+        lost = k_start + 1 + q_end - falling
+        for piece in (
+            Piece(slice(q_start, risen), slice(k_start, corner), "whole"),
+            Piece(slice(q_start, risen), slice(corner, k_end), "causal"),
+            Piece(slice(risen, falling), slice(k_start, k_end), "whole"),
+            Piece(slice(falling, q_end), slice(k_start + 1, lost), "hindmost"),
+            Piece(slice(falling, q_end), slice(lost, k_end), "whole"),
+        ):
+            if all(span.start < span.stop for span in piece[:2]):
+                yield piece
+
+
+def narrow(segments: Segments) -> Iterator[Segment]:
+    """The segments in canonical form, cut so that none has more keys than its window: no row misses keys at both
+    ends."""
     for segment in segments:
         segment = segment.canonical()
         if segment is None:
             continue
-        q0, q1 = segment.q_start, segment.q_start + segment.q_len
-        k0, k1 = segment.k_start, segment.k_start + segment.k_len
-        if segment.unmasked:
-            yield slice(q0, q1), slice(k0, k1), False
-            continue
-        corner = k0 + segment.offset
-        end = q0 + k1 - corner  # the first row that sees every key
-        if segment.offset:
-            yield slice(q0, end), slice(k0, corner), False
-        yield slice(q0, end), slice(corner, k1), True
-        if end < q1:
-            yield slice(end, q1), slice(k0, k1), False
+        for k_start in range(0, segment.k_len, segment.window):
+            part = segment._replace(
+                k_start=segment.k_start + k_start,
+                k_len=min(segment.window, segment.k_len - k_start),
+                offset=segment.offset - k_start,
+            ).canonical()
+            if part is not None:
+                yield part
 
 
 class AtenKernel:
@@ -100,9 +131,10 @@ class AtenKernel:
 
     def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None) -> tuple[Tensor, Tensor]:
         out, lse = running or nothing_seen(q, v)
-        for rows, keys, causal in native_pieces(segments):
-            part = self.attend(q[:, rows], k[:, keys], v[:, keys], causal, scale)
-            merge_(out[:, rows], lse[:, :, rows], *part)
+        for piece in native_pieces(segments):
+            inputs = (piece.turned(x) for x in (q[:, piece.rows], k[:, piece.keys], v[:, piece.keys]))
+            part, part_lse = self.attend(*inputs, piece.seen != "whole", scale)
+            merge_(out[:, piece.rows], lse[:, :, piece.rows], piece.turned(part), piece.turned(part_lse, 2))
         return out.to(out_dtype or out.dtype), lse
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
@@ -110,13 +142,15 @@ class AtenKernel:
             torch.zeros_like(x, dtype=accumulate_dtype(x), memory_format=torch.contiguous_format) if dx is None else dx
             for x, dx in ((q, dq), (k, dk), (v, dv))
         )
-        for rows, keys, causal in native_pieces(segments):
+        for piece in native_pieces(segments):
+            dout_part, q_part, out_part = (piece.turned(x[:, piece.rows]) for x in (dout, q, out))
+            k_part, v_part = (piece.turned(x[:, piece.keys]) for x in (k, v))
+            lse_part = piece.turned(lse[:, :, piece.rows], 2).contiguous()
             parts = self.differentiate(
-                dout[:, rows], q[:, rows], k[:, keys], v[:, keys],
-                out[:, rows], lse[:, :, rows].contiguous(), causal, scale,
-            )  # fmt: skip
-            for total, part in zip((dq[:, rows], dk[:, keys], dv[:, keys]), parts, strict=True):
-                total.add_(part)
+                dout_part, q_part, k_part, v_part, out_part, lse_part, piece.seen != "whole", scale
+            )
+            for total, part in zip((dq[:, piece.rows], dk[:, piece.keys], dv[:, piece.keys]), parts, strict=True):
+                total.add_(piece.turned(part))
         return dq, dk, dv
 
 

@@ -21,10 +21,10 @@ __all__ = ["ReferenceKernel", "visible_pairs"]
 def visible_pairs(segments: Segments, rows: int, keys: int, device: torch.device | None = None) -> Tensor:
     """The mask that a list of segments stands for: bool [rows, keys]."""
     visible = torch.zeros(rows, keys, dtype=torch.bool, device=device)
-    for q_start, q_len, k_start, k_len, offset in segments:
+    for q_start, q_len, k_start, k_len, offset, window in segments:
         i = torch.arange(q_len, device=device)[:, None]
         j = torch.arange(k_len, device=device)[None, :]
-        visible[q_start : q_start + q_len, k_start : k_start + k_len] |= j <= i + offset
+        visible[q_start : q_start + q_len, k_start : k_start + k_len] |= (j <= i + offset) & (j > i + offset - window)
     return visible
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .segments import Segments
+from .segments import NO_WINDOW, Segments
 
 __all__ = ["Work", "key_tiles", "query_tiles"]
 
@@ -33,17 +33,19 @@ class Work(NamedTuple):
     """What one launch walks. Places in a tile and in a run count from 0.
 
     tiles [T, 4] int32: the tile's first row (or key), its first run, its first masked run, the end of its runs.
-    runs [N, 5] int32: start, length, shift, low, high. The run walks the keys (or rows) start .. start + length, and
-        only rows (or keys) low .. high of the tile take part. Row t sees key u iff u <= t + shift, whichever of the
-        two belongs to the tile. A run without a mask is a whole number of blocks long.
+    runs [N, 6] int32: start, length, shift, low, high, window. The run walks the keys (or rows) start ..
+        start + length, and only rows (or keys) low .. high of the tile take part. Row t sees key u iff
+        t + shift - window < u <= t + shift, whichever of the two belongs to the tile. A run without a mask is a whole
+        number of blocks long.
     """
 
     tiles: torch.Tensor
     runs: torch.Tensor
     busy: int  # tiles that have a run
+    windowed: bool  # whether any run has a window
 
     def to(self, device: torch.device) -> Work:
-        return Work(self.tiles.to(device), self.runs.to(device), self.busy)
+        return self._replace(tiles=self.tiles.to(device), runs=self.runs.to(device))
 
 
 def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int) -> Work:
@@ -53,19 +55,18 @@ def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int)
         >>> work = query_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 8, 4, 4)
         >>> work.tiles.tolist()
         [[4, 2, 3, 4], [0, 0, 1, 2]]
-        >>> work.runs.tolist()
+        >>> work.runs[:, :5].tolist()
         [[0, 4, 4, 0, 4], [4, 4, 0, 0, 4], [0, 8, 8, 0, 4], [8, 4, 0, 0, 4]]
     """
-    q_start, q_len, k_start, k_len, offset = canonical(segments)
+    q_start, q_len, k_start, k_len, offset, window = canonical(segments)
     segment, tile, first, low, high = cross(q_start, q_len, block_rows)
-    shift = first - q_start[segment] + offset[segment]
-    seen_by_first, seen_by_last = (np.minimum(k_len[segment], row + shift + 1) for row in (low, high - 1))
+    shift, window = first - q_start[segment] + offset[segment], window[segment]
+    from_first, from_last = (np.maximum(row + shift - window + 1, 0) for row in (low, high - 1))
+    to_first, to_last = (np.minimum(row + shift + 1, k_len[segment]) for row in (low, high - 1))
     covered = (low == 0) & (high == np.minimum(block_rows, rows - first))
-    whole = np.where(covered, seen_by_first // block_keys * block_keys, 0)
-    start = k_start[segment]
+    pieces = split(from_first, from_last, to_first, to_last, covered, block_keys)
     return assemble(
-        (tile, start, whole, shift, low, high),
-        (tile, start + whole, seen_by_last - whole, shift - whole, low, high),
+        *((tile, k_start[segment] + start, end - start, shift - start, low, high, window) for start, end in pieces),
         extent=rows, block=block_rows, step=block_keys,
     )  # fmt: skip
 
@@ -77,37 +78,52 @@ def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -
         >>> work = key_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 12, 4, 4)
         >>> work.tiles.tolist()
         [[0, 0, 1, 1], [4, 1, 2, 3], [8, 3, 3, 4]]
-        >>> work.runs.tolist()
+        >>> work.runs[:, :5].tolist()
         [[0, 8, 4, 0, 4], [4, 4, 4, 0, 4], [0, 4, 0, 0, 4], [4, 4, 0, 0, 4]]
     """
-    q_start, q_len, k_start, k_len, offset = canonical(segments)
+    q_start, q_len, k_start, k_len, offset, window = canonical(segments)
     segment, tile, first, low, high = cross(k_start, k_len, block_keys)
-    shift = offset[segment] - (first - k_start[segment])
-    end = q_len[segment]
-    seeing_first, seeing_last = (np.maximum(key - shift, 0) for key in (low, high - 1))  # the first row that does
+    shift, window = offset[segment] - (first - k_start[segment]), window[segment]
+    from_first, from_last = (np.maximum(key - shift, 0) for key in (low, high - 1))
+    to_first, to_last = (np.minimum(key - shift + window, q_len[segment]) for key in (low, high - 1))
     covered = (low == 0) & (high == np.minimum(block_keys, keys - first))
-    head = -(-(seeing_last - seeing_first) // block_rows) * block_rows  # masked, then whole, then a masked rest
-    whole_start = np.where(covered, np.minimum(seeing_first + head, end), end)
-    whole = (end - whole_start) // block_rows * block_rows
-    rest_start = whole_start + whole
-    start = q_start[segment]
+    pieces = split(from_first, from_last, to_first, to_last, covered, block_rows)
     return assemble(
-        (tile, start + whole_start, whole, shift + whole_start, low, high),
-        (tile, start + seeing_first, whole_start - seeing_first, shift + seeing_first, low, high),
-        (tile, start + rest_start, end - rest_start, shift + rest_start, low, high),
+        *((tile, q_start[segment] + start, end - start, shift + start, low, high, window) for start, end in pieces),
         extent=keys, block=block_keys, step=block_rows,
     )  # fmt: skip
 
 
+def split(from_first, from_last, to_first, to_last, covered, step: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Cuts what a tile walks into three pieces (start, end), the first of which needs no mask.
+
+    The first line of the tile sees from_first .. to_first and the last one from_last .. to_last, later in both ends;
+    what all of them see is whole, in blocks of `step`, if the segment covers the tile.
+
+    Example:
+        >>> [(int(start), int(end)) for start, end in split(*map(np.array, (0, 3, 9, 12, True)), step=4)]
+        [(4, 8), (0, 4), (8, 12)]
+    """
+    head = -(-(from_last - from_first) // step) * step
+    whole = np.where(covered, np.maximum(to_first - from_first - head, 0) // step * step, 0)
+    start = np.where(whole > 0, from_first + head, to_last)
+    return (start, start + whole), (from_first, start), (start + whole, to_last)
+
+
 def canonical(segments: Segments) -> np.ndarray:
-    """The columns of the segments in canonical form (`Segment.canonical`), empty ones left out: int64 [5, S]."""
-    flat = np.fromiter(chain.from_iterable(segments), np.int64, 5 * len(segments))
-    q_start, q_len, k_start, k_len, offset = flat.reshape(-1, 5).T
+    """The columns of the segments in canonical form (`Segment.canonical`), empty ones left out: int64 [6, S]."""
+    flat = np.fromiter(chain.from_iterable(segments), np.int64, 6 * len(segments))
+    q_start, q_len, k_start, k_len, offset, window = flat.reshape(-1, 6).T
     blind = np.maximum(-offset, 0)
-    q_len, offset = q_len - blind, offset + blind
+    q_start, q_len, offset = q_start + blind, q_len - blind, offset + blind
+    unseen = np.maximum(offset - window + 1, 0)
+    k_start, k_len, offset = k_start + unseen, k_len - unseen, offset - unseen
+    q_len = np.minimum(q_len, k_len + window - 1 - offset)
     k_len = np.minimum(k_len, q_len + offset)
-    columns = np.stack((q_start + blind, q_len, k_start, k_len, np.minimum(offset, k_len - 1)))
-    return columns[:, (q_len > 0) & (k_len > 0)]
+    hides = q_len - 1 + offset >= window
+    excess = np.maximum(offset - (k_len - 1), 0)
+    columns = np.stack((q_start, q_len, k_start, k_len, offset - excess, np.where(hides, window - excess, NO_WINDOW)))
+    return columns[:, (q_len > 0) & (k_len > 0) & (window > 0)]
 
 
 def cross(start: np.ndarray, length: np.ndarray, block: int) -> tuple[np.ndarray, ...]:
@@ -128,7 +144,8 @@ def cross(start: np.ndarray, length: np.ndarray, block: int) -> tuple[np.ndarray
 
 
 def assemble(whole: tuple, *masked: tuple, extent: int, block: int, step: int) -> Work:
-    """Groups runs (tile, start, length, shift, low, high) by tile, those without a mask first; longest tiles first."""
+    """Groups runs (tile, start, length, shift, low, high, window) by tile, those without a mask first; longest
+    tiles first."""
     tiles = -(-extent // block)
     columns = np.concatenate([np.stack(runs, 1) for runs in (whole, *masked)])
     kind = np.repeat([0] + [1] * len(masked), len(whole[0]))
@@ -146,4 +163,5 @@ def assemble(whole: tuple, *masked: tuple, extent: int, block: int, step: int) -
         torch.from_numpy(table.astype(np.int32)),
         torch.from_numpy(columns[order, 1:].astype(np.int32)),
         int(np.count_nonzero(end > begin)),
+        bool((columns[:, 6] < NO_WINDOW).any()),
     )

@@ -48,7 +48,7 @@ def key_gradients_kernel(
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `tiles`; lse and delta are contiguous [B, H, ROWS]."""
     i_tile, i_b, i_g = locate(HEADS // GROUP)
@@ -68,7 +68,7 @@ def key_gradients_kernel(
     b_dv = tl.zeros([BLOCK_KEYS, BLOCK_E], tl.float32)
     for MASKED in tl.static_range(2):
         for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
-            start, length, shift, low, high = run_at(runs, i_run)
+            start, length, shift, low, high, window = run_at(runs, i_run)
             first_row = tl.where((o_key >= low) & (o_key < high), o_key - shift, length)
             for i in tl.range(tl.cdiv(length, BLOCK_ROWS) * GROUP, disable_licm=True):
                 i_h = i_g * GROUP + i % GROUP
@@ -84,6 +84,8 @@ def key_gradients_kernel(
                 b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
                 if MASKED:
                     b_p = tl.where(o_row[None, :] >= (first_row - j)[:, None], b_p, 0.0)
+                    if WINDOW:
+                        b_p = tl.where(o_row[None, :] < (o_key - shift + window - j)[:, None], b_p, 0.0)
                 b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
                 b_delta = load_rows(delta + i_h.to(tl.int64) * ROWS + start + j, valid, 0.0, BLOCK_ROWS)
                 b_ds = b_p * (b_dp - b_delta[None, :])
@@ -104,7 +106,7 @@ def query_gradients_kernel(
     q_strides, k_strides, v_strides, dout_strides, dq_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of every tile in `tiles`; lse and delta are contiguous [B, H, ROWS]."""
     i_tile, i_b, i_h = locate(HEADS)
@@ -119,6 +121,7 @@ def query_gradients_kernel(
     delta += (i_b.to(tl.int64) * HEADS + i_h) * ROWS
     scale_log2 = scale * LOG2E
 
+    o_row = tl.arange(0, BLOCK_ROWS)
     o_key = tl.arange(0, BLOCK_KEYS)
     b_q = load_block(q, q_strides, i_b, i_h, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
     b_do = load_block(dout, dout_strides, i_b, i_h, row0, ROWS - row0, E, BLOCK_ROWS, BLOCK_E)
@@ -127,7 +130,7 @@ def query_gradients_kernel(
     b_dq = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(2):
         for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
-            start, length, shift, low, high = run_at(runs, i_run)
+            start, length, shift, low, high, window = run_at(runs, i_run)
             last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
             for j in range(0, length, BLOCK_KEYS):
                 valid = length - j if MASKED else None
@@ -138,10 +141,11 @@ def query_gradients_kernel(
                 b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
                 if MASKED:
                     b_p = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_p, 0.0)
+                    if WINDOW:
+                        b_p = tl.where(o_key[None, :] > (o_row + shift - window - j)[:, None], b_p, 0.0)
                 b_ds = b_p * (b_dp - b_delta[:, None])
                 b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
 
-    o_row = tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
     inside = (o_row < ROWS - row0)[:, None] & (o_d < D)[None, :]
     dq = head_of(dq, dq_strides, i_b, i_h) + row0.to(tl.int64) * dq_strides[1]

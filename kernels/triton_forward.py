@@ -34,7 +34,7 @@ def forward_kernel(
     q_strides, k_strides, v_strides, out_strides, lse_strides, before_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    MERGE: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, WINDOW: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of every tile in `tiles`; with MERGE, `before` and `lse` hold what was seen before."""
     i_tile, i_b, i_h = locate(HEADS)
@@ -66,7 +66,7 @@ def forward_kernel(
     for MASKED in tl.static_range(2):
         # Hoisting out of this loop what is used once per run would only cost registers inside it.
         for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
-            start, length, shift, low, high = run_at(runs, i_run)
+            start, length, shift, low, high, window = run_at(runs, i_run)
             if AHEAD and not MASKED:
                 # The scores of a block are in flight while the exponentials of the block before are computed: the
                 # first to wait for them is the P V of that block. Past the end, the last block is scored again.
@@ -93,6 +93,8 @@ def forward_kernel(
                     b_s = dot_rows(b_q, b_k, PRECISION)
                     if MASKED:
                         b_s = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_s, -float("inf"))
+                        if WINDOW:
+                            b_s = tl.where(o_key[None, :] > (o_row + shift - window - j)[:, None], b_s, -float("inf"))
                     b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                     b_v = load_block(v, v_strides, i_b, i_g, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
                     b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)

@@ -59,6 +59,7 @@ def forward(
         (strides(q), k_strides, v_strides, strides(out), strides(lse), strides(before)),
         constants(tiling, heads, groups, d, e),
         MERGE=running is not None,
+        WINDOW=work.windowed,
         AHEAD=tiling.ahead,
         PRECISION=precision(q.dtype),
     )
@@ -112,6 +113,7 @@ def key_gradients(
         (q_strides, strides(k), strides(v), dout_strides, strides(dk), strides(dv)),
         constants(tiling, heads, groups, d, e),
         ADD=add,
+        WINDOW=work.windowed,
         PRECISION=precision(q.dtype),
     )
     return dk, dv
@@ -147,6 +149,7 @@ def query_gradients(
         (strides(q), k_strides, v_strides, strides(dout), strides(dq)),
         constants(tiling, heads, groups, d, e),
         ADD=add,
+        WINDOW=work.windowed,
         PRECISION=precision(q.dtype),
     )
     return dq

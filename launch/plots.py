@@ -135,7 +135,8 @@ def shade(plan: Plan, palette: np.ndarray, size: int = 768) -> tuple[np.ndarray,
             for segment in segments:
                 row, column = rows[:, None] - segment.q_start, columns[None, :] - segment.k_start
                 inside = (row >= 0) & (row < segment.q_len) & (column >= 0) & (column < segment.k_len)
-                seen_rows, seen_columns = np.nonzero(inside & (column <= row + segment.offset))
+                back = row + segment.offset - column
+                seen_rows, seen_columns = np.nonzero(inside & (back >= 0) & (back < segment.window))
                 image[row_pixels[seen_rows], column_pixels[seen_columns]] = color
     return image, own, other
 

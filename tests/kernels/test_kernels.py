@@ -9,7 +9,7 @@ import torch
 
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.registry import KERNELS, choose_kernel
-from ringattn.kernels.segments import Segment, Segments
+from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.launch.oracle import Case, Inputs, attend, make_inputs
 from tests.tolerance import assert_close
 
@@ -22,7 +22,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # see conftest.py; the interprete
 
 
 def cut(rows: int, keys: int, draw: random.Random) -> Segments:
-    """A grid of segments that do not overlap, some of them missing, each with an offset of its own, shuffled."""
+    """A grid of segments that do not overlap, some of them missing, each with an offset and half with a window of its
+    own, shuffled."""
     row_cuts = sorted({0, rows, *draw.sample(range(rows), min(rows, 2))})
     key_cuts = sorted({0, keys, *draw.sample(range(keys), min(keys, 2))})
     grid = [
@@ -32,7 +33,7 @@ def cut(rows: int, keys: int, draw: random.Random) -> Segments:
         if draw.random() < 0.8
     ]
     draw.shuffle(grid)
-    return Segments(grid)
+    return Segments(segment._replace(window=draw.choice([NO_WINDOW, draw.randint(0, 30)])) for segment in grid)
 
 
 def against_the_specification(kernel: str, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:

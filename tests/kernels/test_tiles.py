@@ -19,16 +19,15 @@ def times_seen(work: Work, rows: int, keys: int, of_queries: bool, block: int, s
     for number, (first, begin, middle, end) in enumerate(work.tiles.tolist()):
         assert (end > begin) == (number < work.busy)
         for index in range(begin, end):
-            start, length, shift, low, high = work.runs[index].tolist()
+            start, length, shift, low, high, window = work.runs[index].tolist()
             assert length > 0
             if index < middle:  # whole blocks, every row and key of the tile
                 assert length % step == 0
                 tile_axis[first : first + block, start : start + length] += 1
                 continue
             t, u = torch.arange(low, high)[:, None], torch.arange(length)[None, :]
-            tile_axis[first + low : first + high, start : start + length] += (u <= t + shift) if of_queries else (
-                t <= u + shift
-            )  # fmt: skip
+            back = t + shift - u if of_queries else u + shift - t
+            tile_axis[first + low : first + high, start : start + length] += (back >= 0) & (back < window)
     return seen
 
 

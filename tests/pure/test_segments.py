@@ -7,18 +7,21 @@ import torch
 
 from ringattn.kernels.aten import native_pieces
 from ringattn.kernels.reference import visible_pairs
-from ringattn.kernels.segments import Segment, Segments
+from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 
 
 def random_segments(count: int, seed: int) -> list[Segment]:
     draw = random.Random(seed)
     return [
-        Segment(draw.randint(0, 5), draw.randint(0, 12), draw.randint(0, 5), draw.randint(0, 12), draw.randint(-15, 15))
+        Segment(
+            draw.randint(0, 5), draw.randint(0, 12), draw.randint(0, 5), draw.randint(0, 12), draw.randint(-15, 15),
+            draw.choice([NO_WINDOW, draw.randint(0, 15)]),
+        )
         for _ in range(count)
-    ]
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("segment", random_segments(300, seed=0), ids=str)
+@pytest.mark.parametrize("segment", random_segments(500, seed=0), ids=str)
 def test_canonical_form_keeps_the_pairs(segment):
     mask = visible_pairs(Segments([segment]), 20, 20)
     assert segment.pairs == mask.sum()
@@ -34,14 +37,14 @@ def test_canonical_form_keeps_the_pairs(segment):
     assert canonical.unmasked == bool(inside.all())
 
 
-@pytest.mark.parametrize("segment", random_segments(300, seed=1), ids=str)
+@pytest.mark.parametrize("segment", random_segments(500, seed=1), ids=str)
 def test_native_pieces_cover_a_segment_once(segment):
     covered = torch.zeros(20, 20, dtype=torch.int64)
-    for rows, keys, causal in native_pieces(Segments([segment])):
+    for rows, keys, seen in native_pieces(Segments([segment])):
         piece = torch.ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.int64)
-        if causal:
+        if seen != "whole":
             assert piece.shape[0] == piece.shape[1]
-            piece = piece.tril()
+            piece = piece.tril() if seen == "causal" else piece.triu()
         covered[rows, keys] += piece
     assert torch.equal(covered, visible_pairs(Segments([segment]), 20, 20).long())
 
