@@ -87,22 +87,22 @@ def test_a_figure_for_each_pass_in_exactly_these_fields():
     [
         (Slightly(), "wrong: dk errs"),
         (Unfinished(), "ValueError: out holds values that are not finite"),
-        (Hanging(), "no answer within 5 s"),
         (Dying(), "its process died with exit code 7"),
         (Refusing(), "it is Sunday"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_no_figure_without_a_right_result(capsys, entrant, reason):
-    records = measure(
-        entrant,
-        implementations.Ours("aten"),
-        cases=[TOY, TOY],
-        passes=["forward"],
-        patience=5 if isinstance(entrant, Hanging) else 60,
-    )
+    records = measure(entrant, implementations.Ours("aten"), cases=[TOY, TOY], passes=["forward"], patience=60)
     assert [each["impl"] for each in records] == ["ringattn-aten"] * 2
     assert capsys.readouterr().out.count(f"{TOY}: no figure for wrong: {reason}") == 2
+
+
+def test_who_hangs_is_ended(capsys):
+    began = time.monotonic()
+    assert not measure(Hanging(), patience=2)
+    assert time.monotonic() - began < 30
+    assert f"{TOY}: no figure for wrong: no answer within 2 s" in capsys.readouterr().out
 
 
 def test_nothing_is_begun_after_the_deadline(capsys):

@@ -1,11 +1,16 @@
 """Precision and hardware counters, and requests that make no sense."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 
+from ringattn.launch.bench import BENCHES, register, resolve
 from ringattn.launch.benchmarks import counters, memory, precision, utilization
 from ringattn.launch.benchmarks.tables import table
 from ringattn.launch.gang import Place
@@ -94,6 +99,23 @@ def test_a_profiler_that_sees_nothing_is_named(tmp_path, monkeypatch):
 def test_wrong_requests_are_refused(schema, options, message):
     with pytest.raises(ValueError, match=message):
         schema(**options)
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_composes(name):
+    register()
+    with initialize_config_module("ringattn.conf", version_base="1.3"):
+        assert isinstance(resolve(compose("bench", [f"bench={name}"])), BENCHES[name][0])
+
+
+def test_the_command_prints_a_table_and_appends_records(tmp_path: Path):
+    options = ["cases=[1/2:1/8/32/causal]", "rings=[1,2]", f"record={tmp_path}/p.jsonl", f"hydra.run.dir={tmp_path}"]
+    command = [sys.executable, "-m", "ringattn.launch.bench", "bench=precision", "parallel.device=cpu", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "| 1/2:1/8/32/causal bf16 | ringattn-aten-ring-zigzag | 2 " in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [each["ranks"] for each in records] == [1] * 8 + [2] * 8
 
 
 def test_rings_must_not_be_larger_than_the_gang():

@@ -5,18 +5,21 @@ import importlib.util
 import io
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
-from ringattn.launch.bench import BENCHES
-from ringattn.launch.benchmarks import counters, memory, scaling, utilization
+from ringattn.launch.bench import BENCHES, bench
+from ringattn.launch.benchmarks import counters, scaling, utilization
 from ringattn.launch.benchmarks.across import OursAcross
 from ringattn.launch.benchmarks.crew import Crew
 from ringattn.launch.benchmarks.tables import table
 from ringattn.launch.benchmarks.workers import Failed
 from ringattn.launch.gang import Place
+from ringattn.launch.records import read_records
 from tests.gang import run_ranks
 from tests.launch.test_bench import FIELDS
 
@@ -95,21 +98,23 @@ class Contest(scaling.ScalingBench):
 ALL = {
     "contest": Contest(
         **SHAPE | {"batch": 2}, **QUICK, ahead=3,
-        implementations=["ringattn-aten-ring-striped", "ulysses", "allgather"],
+        implementations=["ringattn-aten-ring-striped", "ulysses", "allgather", "torch-cp-allgather"],
     ),
     "rivals": scaling.ScalingBench(
         **SHAPE, **QUICK, dtype="bf16", implementations=RIVALS, passes=["forward"], ahead=3
     ),
     "late": scaling.ScalingBench(**SHAPE, **QUICK, deadline=0.0),
-    "memory": memory.MemoryBench(**SHAPE, rings=[1, 2], implementations=[OURS, "allgather"]),
     "utilization": utilization.UtilizationBench(
         **SHAPE, **QUICK, cases=["1/2:1/8/32/causal"], local=["ringattn-aten", "fa4"], implementations=[OURS]
     ),
 }  # fmt: skip
 
 
-def work(rank):
-    """Of each bench, the records that this rank gives, and what it prints."""
+MEMORY = SHAPE | {"bench": "memory", "rings": [1, 2], "implementations": [OURS, "allgather"]}
+
+
+def work(rank, folder):
+    """Of each bench, the records that this rank gives, and what it prints; of one, through the command's own job."""
     place = Place(rank, dist.get_world_size(), torch.device("cpu"), "a test")
     found: dict = {"waiting": waiting(place)}
     for name, settings in ALL.items():
@@ -117,13 +122,19 @@ def work(rank):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             records = [each for records in run(settings, place) for each in records]
         found[name] = records, printed.getvalue()
+    config = OmegaConf.create(MEMORY | {"record": f"{folder}/memory.jsonl"})
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        found["memory"] = bench(config, Path(folder), place), printed.getvalue()
     return found
 
 
 @pytest.fixture(scope="module")
-def gang():
+def gang(tmp_path_factory):
     """What each rank found; one gang for all, because starting it is what takes time."""
-    return run_ranks(2, work, timeout=110)
+    folder = str(tmp_path_factory.mktemp("bench"))
+    found = run_ranks(2, work, folder, timeout=110)
+    found[0]["recorded"] = read_records(Path(folder) / "memory.jsonl")
+    return found
 
 
 @pytest.fixture
@@ -133,6 +144,7 @@ def measured(gang):
 
 def test_only_what_is_right_on_every_rank_gets_a_figure(gang):
     records, printed = gang[0]["contest"]
+    assert "no figure for torch-cp-allgather: torch's context_parallel runs its CUDA kernels only" in printed
     assert [each["impl"] for each in records] == [
         name for name in ("ringattn-aten-ring-striped", "ulysses", "allgather") for _ in range(2)
     ]
@@ -176,8 +188,10 @@ def test_ring_flash_attention_is_measured_where_it_is_installed(measured):
         assert [each["impl"] for each in records] == RIVALS
 
 
-def test_memory_of_the_ring_does_not_grow_with_it(measured):
-    records, _ = measured["memory"]
+def test_memory_of_the_ring_does_not_grow_with_it(gang):
+    records = gang[0]["recorded"]
+    assert gang[0]["memory"][0] == gang[1]["memory"][0] == {"figures": len(records)}
+    assert not gang[1]["memory"][1]  # only the first rank prints
     held = {(each["impl"], each["pass"], each["ranks"]): each["peak_memory_gib"] for each in records}
     assert len(held) == 8
     assert held[OURS, "forward", 2] == held[OURS, "forward", 1] > 4 * 24 * 4 * 16 * 4 / 2**30
@@ -185,7 +199,7 @@ def test_memory_of_the_ring_does_not_grow_with_it(measured):
     for each in records:
         assert set(each) == RESULT | {"ranks", "kernel"}
         assert each["seq_len"] == 24 * each["ranks"]
-    assert "| 24              | ringattn-aten-ring-zigzag | forward " in table(records)
+    assert "| 24              | ringattn-aten-ring-zigzag | forward " in gang[0]["memory"][1]
 
 
 def test_one_gpu_is_timed_and_what_has_no_counters_says_so(measured):

@@ -1,10 +1,5 @@
 """Attention across ranks, measured: what it is compared with, and the command."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -95,15 +90,3 @@ def test_one_thing_at_a_time_is_changed_unless_all_is_asked_for(monkeypatch):
 def test_wrong_requests_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         scaling.ScalingBench(**options)
-
-
-def test_the_command_prints_a_table_and_appends_records(tmp_path: Path):
-    options = ["parallel.device=cpu", "tokens=[16]", "q_heads=2", "kv_heads=1", "head_dim=8", "rounds=1", "budget_ms=1"]
-    options += ["implementations=[ringattn-aten-ring-zigzag,torch-cp-allgather]", f"hydra.run.dir={tmp_path}"]
-    command = [sys.executable, "-m", "ringattn.launch.bench", "bench=scaling", *options, "passes=[forward]"]
-    done = subprocess.run([*command, f"record={tmp_path}/s.jsonl"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "no figure for torch-cp-allgather: torch's context_parallel runs its CUDA kernels only" in done.stdout
-    assert "| 1/2:1/8/32/causal fp32 | ringattn-aten-ring-zigzag" in done.stdout
-    (record,) = (json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines())
-    assert (record["impl"], record["ranks"], record["seq_len"]) == ("ringattn-aten-ring-zigzag", 2, 32)
