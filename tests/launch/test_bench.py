@@ -168,9 +168,15 @@ def test_the_truth_of_windows_and_documents(monkeypatch, window, documents):
 def test_masks_appear_when_plans_take_them(monkeypatch):
     assert named_case("1/2:2/8/99/none") == Case(99, 1, 2, 2, 8, False, torch.bfloat16)
 
-    def make_plan(layout, seq_len, ranks, *, causal, window_size=None, cu_seqlens=None): ...
+    def dense(layout, seq_len, ranks, *, causal): ...
 
-    monkeypatch.setattr(masks, "make_plan", make_plan)
+    def any_mask(layout, seq_len, ranks, *, causal, window_size=None, cu_seqlens=None): ...
+
+    monkeypatch.setattr(masks, "make_plan", dense)
+    for name in ("packed-lognormal", "window-4096", "window-0"):
+        with pytest.raises(ValueError, match=f"cases: mask={name}: expected one of causal, none$"):
+            named_case(f"1/2:2/8/8192/{name}")
+    monkeypatch.setattr(masks, "make_plan", any_mask)
     packed, window = (named_case(f"1/2:2/8/8192/{name}") for name in ("packed-lognormal", "window-4096"))
     assert (describe(packed), describe(window)) == ("1/2:2/8/8192/packed-lognormal", "1/2:2/8/8192/window-4096")
     assert window.mask == {"causal": True, "window_size": (4095, 0)}

@@ -95,6 +95,23 @@ class Contest(scaling.ScalingBench):
         return [*map(Odd, REASONS), *super().chosen(device)]
 
 
+class Soon:
+    """A deadline that passes when it has been asked twice: before the case, and before the first turn."""
+
+    def __init__(self, seconds):
+        self.asked = 0
+
+    def passed(self):
+        self.asked += 1
+        return self.asked > 2
+
+
+def hurried(settings, place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "Deadline", Soon)
+        yield from scaling.run(settings, place)
+
+
 ALL = {
     "contest": Contest(
         **SHAPE | {"batch": 2}, **QUICK, ahead=3,
@@ -102,6 +119,9 @@ ALL = {
     ),
     "rivals": scaling.ScalingBench(
         **SHAPE, **QUICK, dtype="bf16", implementations=RIVALS, passes=["forward"], ahead=3
+    ),
+    "soon": scaling.ScalingBench(
+        **SHAPE, **QUICK, ahead=1, implementations=["ulysses", "allgather"], passes=["forward"]
     ),
     "late": scaling.ScalingBench(**SHAPE, **QUICK, deadline=0.0),
     "utilization": utilization.UtilizationBench(
@@ -118,7 +138,7 @@ def work(rank, folder):
     place = Place(rank, dist.get_world_size(), torch.device("cpu"), "a test")
     found: dict = {"waiting": waiting(place)}
     for name, settings in ALL.items():
-        run = BENCHES[settings.bench][1]
+        run = hurried if name == "soon" else BENCHES[settings.bench][1]
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             records = [each for records in run(settings, place) for each in records]
         found[name] = records, printed.getvalue()
@@ -155,6 +175,12 @@ def test_only_what_is_right_on_every_rank_gets_a_figure(gang):
     assert len(elsewhere) == len(records)
 
 
+def test_what_was_measured_before_the_deadline_is_kept(measured):
+    records, printed = measured["soon"]
+    assert len(records) == 1
+    assert printed.count("the deadline passed") == 1
+
+
 def test_nothing_is_begun_after_the_deadline(measured):
     assert measured["late"] == ([], "1/4:2/16/48/causal on 2: not measured: the deadline passed\n")
 
@@ -178,6 +204,9 @@ def test_what_the_records_of_scaling_hold(measured):
     assert (first["seq_len"], first["ranks"], first["pass"], first["mask"]) == (48, 2, "forward", "causal")
     assert first["tflops_per_gpu"] == pytest.approx(2 * 4 * 4 * 16 * 48**2 / 2 / first["median_ms"] / 1e9 / 2)
     assert "| 2/4:2/16/48/causal fp32 | ulysses " in table(records)
+    head, _, *rows = ([cell.strip() for cell in line.split("|")] for line in table(records).splitlines())
+    ratios = {row[head.index("implementation")]: row[head.index("fwd /peers")] for row in rows}
+    assert max(ratios["ulysses"], ratios["allgather"]) == "1.00"
 
 
 def test_ring_flash_attention_is_measured_where_it_is_installed(measured):
