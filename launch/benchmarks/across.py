@@ -25,7 +25,8 @@ from ringattn.plan import Plan, make_plan
 from ringattn.ranks import group_name, ranks_named
 
 from ..oracle import Case, Inputs
-from .implementations import Ours, other_mask
+from .implementations import Ours
+from .local import other_mask
 
 __all__ = [
     "NAMED_EXECUTORS",

@@ -11,8 +11,8 @@ from ..oracle import Case
 from .across import Across, Local, busiest
 from .cases import describe, shape_of, tera_operations
 from .crew import Crew
-from .implementations import BY_TORCH
 from .timing import Deadline, Meter
+from .torch_kernels import BY_TORCH
 from .workers import Failed
 
 __all__ = ["Contest", "over_ranks"]

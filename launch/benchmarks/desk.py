@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..oracle import Case, Inputs, Result, make_inputs
-from .implementations import Implementation, Saved
+from .local import Implementation, Saved
 from .timing import FLUSH_BYTES, samples_ms
 from .truth import one_head
 

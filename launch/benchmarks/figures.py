@@ -29,6 +29,7 @@ THEIRS = {  # a colour keeps its owner in every picture
     "ring-flash-attn-zigzag": "#009E73",
     "ring-flash-attn-stripe": "#7FC6AE",
     "ring-flash-attn-ring": "#B8A800",
+    "ring-flash-attn-llama3": "#009E73",
 }
 
 

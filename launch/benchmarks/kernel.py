@@ -21,7 +21,8 @@ from ..records import circumstances
 from ..settings import Parallel, require, require_one_of
 from .cases import DTYPES, PASSES, describe, matching, named_case, shape_of, tera_operations
 from .desk import Desk
-from .implementations import Implementation, local_implementations
+from .implementations import local_implementations
+from .local import Implementation
 from .timing import Deadline
 from .truth import Truth
 from .workers import Failed, Worker, preload, tensors

@@ -21,7 +21,7 @@ ALONE = {"check": ("kernel", "layout"), "train": ("context", "kernel", "layout",
 PEERS = (
     *("torch-math", "torch-fa2", "torch-cudnn", "fa4"),
     *("allgather", "ulysses", "torch-cp-allgather", "torch-cp-alltoall"),
-    *("ring-flash-attn-ring", "ring-flash-attn-stripe", "ring-flash-attn-zigzag"),
+    *("ring-flash-attn-ring", "ring-flash-attn-stripe", "ring-flash-attn-zigzag", "ring-flash-attn-llama3"),
 )
 
 

@@ -18,7 +18,7 @@ from .cases import DTYPES, matching, require_mask
 from .crew import Crew
 from .kernel import SPECIFICATION
 from .masks import mask_fields
-from .peers import VARIANTS, RingFlashAttention, TorchContextParallel
+from .peers import RINGS, RingFlashAttention, RingFlashAttentionPacked, TorchContextParallel
 from .station import Station
 from .workers import preload
 
@@ -31,7 +31,8 @@ def across_implementations(peer_kernel: str, causal: bool) -> dict[str, Across]:
     """All that is known, by name: ours first, then the peers over a kernel of torch."""
     peers = [
         *(TorchContextParallel(rotation, peer_kernel, causal) for rotation in ("allgather", "alltoall")),
-        *(RingFlashAttention(variant, peer_kernel) for variant in VARIANTS),
+        *(RingFlashAttention(variant, peer_kernel) for variant in RINGS),
+        RingFlashAttentionPacked(),
         Ulysses(peer_kernel),
         AllGather(peer_kernel, causal),
     ]

@@ -14,8 +14,10 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from ..oracle import Case, Inputs, Result, make_inputs
 from .across import Across, Local, Share, cut, layout_of
-from .implementations import BY_TORCH, Implementation, Ours
+from .implementations import Ours
+from .local import Implementation
 from .timing import Meter, hold, slowest
+from .torch_kernels import BY_TORCH
 from .tracing import Interval, intervals, most_allocated, trace
 from .truth import Truth, one_head
 

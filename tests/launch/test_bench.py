@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ringattn.kernels.aten import AtenKernel
-from ringattn.launch.benchmarks import implementations, kernel, masks, truth
+from ringattn.launch.benchmarks import implementations, kernel, local, masks, truth
 from ringattn.launch.benchmarks.cases import PASSES, describe, named_case, tera_operations
 from ringattn.launch.benchmarks.truth import Truth, one_head
 from ringattn.launch.oracle import Case, Result, attend_on_one_rank, make_inputs
@@ -183,7 +183,7 @@ def test_masks_appear_when_plans_take_them(monkeypatch):
     bounds = packed.mask["cu_seqlens"]
     assert (bounds[0], bounds[-1]) == (0, 8192)
     assert all(0 < end - start <= 8192 for start, end in pairwise(bounds))
-    assert implementations.other_mask(packed) == "is not called with the mask packed-lognormal here"
+    assert local.other_mask(packed) == "is not called with the mask packed-lognormal here"
     long = masks.lognormal_documents(2**22)
     assert len(long) == pytest.approx(2**22 / 4096, rel=0.2)
     assert max(end - start for start, end in pairwise(long)) == 32768
