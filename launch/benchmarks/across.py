@@ -95,7 +95,9 @@ class OursAcross(Across):
         if case.documents is not None:
             self.options["cu_seqlens"] = torch.tensor(case.documents, dtype=torch.int32)
         yield
-        ranks_named(group_name(None)).buffers = Buffers()  # they are kept between calls, and count as memory
+        ranks = ranks_named(group_name(None))
+        ranks.buffers = Buffers()  # they are kept between calls, and count as memory
+        ranks.agreed.clear()  # so are configurations, and what they refer to
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
         return self.cp.attention(q, k, v, seq_len=case.seq_len, **self.options)
