@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_rows import finish, sight, start
 from .hopper_scores import add_up, centre, eighths, hide, hold_back, pack, shrink, unpack
 from .hopper_tile import (
-    LN2,
     LOG2E,
     LOWEST,
     advance,
@@ -173,11 +173,14 @@ def attend_rows(
     HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr, WINDOW: gl.constexpr, WAIT: gl.constexpr,
     TURNS: gl.constexpr, EMULATE: gl.constexpr, PARTS: gl.constexpr, PIN: gl.constexpr, QREG: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: 64 rows of every tile, the PART-th ones."""
+    """A warpgroup: 64 rows of every tile, the PART-th ones.
+
+    Between tiles it goes on as within one: P V of a tile's last block runs beside the first scores of the next tile, and
+    the rows are written while the other warpgroup has the matrix units.
+    """
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
     tiles, runs, TILES, SIDE, TOTAL = work
-    out, lse, before, out_strides, lse_strides, before_strides = result
     BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
     SLOTS: gl.constexpr = k_smem.shape[0]
@@ -194,82 +197,78 @@ def attend_rows(
     q_phase = 0
     if TURNS and PART == PARTS - 1:
         named_arrive(TURN, 256)
-    b_none = gl.zeros([ROWS, KEYS], gl.float32, S)
-    b_pair = pack(b_none, dtype)
+    b_pair = pack(gl.zeros([ROWS, KEYS], gl.float32, S), dtype)
     b_acc = gl.zeros([ROWS, BLOCK_E], gl.float32, O)
     b_m = gl.full([ROWS], LOWEST, gl.float32, ROW)
-    b_l = gl.sum(eighths(b_none), 1)
+    b_l = gl.sum(eighths(gl.zeros([ROWS, KEYS], gl.float32, S)), 1)
     b_shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
-    last_bh = -1  # the tile whose last product is still to come; no tile yet
+    last_bh = -1  # the tile whose last product is still to come; none yet
     last_row0 = LENGTH
     rounds = rounds_of(TOTAL)
     i_bh, tile0, begin, end = locate(0, tiles, TILES, SIDE)
     for i_round in range(rounds):
         next_bh, next_tile0, next_begin, next_end = locate(gl.minimum(i_round + 1, rounds - 1), tiles, TILES, SIDE)
+        row0 = tile0 + PART * ROWS
         if begin < end:
-            start, length, head, tail, shift, low, high, window = run_at(runs, begin)
+            start_key, length, head, tail, shift, low, high, window = run_at(runs, begin)
             last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
-            row0 = tile0 + PART * ROWS
             at = buffer * PARTS + PART
             mbarrier.wait(q_full.index(at), q_phase)
             if QREG:
                 q = q_smem.index(at).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
-                mbarrier.arrive(q_empty.index(at), count=1)
             else:
                 q = q_smem.index(at)
             mbarrier.wait(full.index(slot), phase)
             b_acc = shrink(b_acc, b_shrink)
-            if MERGE:
+            if MERGE:  # registers do not suffice for the old tile beside a new one that is not empty
                 acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
                 b_acc = warpgroup_mma_wait(0, deps=(acc,))
                 finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
-                b_m, b_l = start_sums(b_l, lse, lse_strides, i_bh, row0, LENGTH, HEADS, MERGE, ROW)
-                b_acc = start_rows(b_acc, before, before_strides, i_bh, row0, LENGTH, HEADS, E, MERGE)
-            if TURNS:
-                named_sync(TURN + PART, 256)
-            s = warpgroup_mma(
-                q, k_smem.index(slot).permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, S),
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-            if not MERGE:
-                acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
-            if TURNS:
-                named_arrive(TURN + (PART + 1) % PARTS, 256)
-            if MERGE:
+                b_acc, b_m, b_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
+                if TURNS:
+                    named_sync(TURN + PART, 256)
+                s = score(q, k_smem.index(slot), S)
+                if TURNS:
+                    named_arrive(TURN + (PART + 1) % PARTS, 256)
                 b_s = warpgroup_mma_wait(0, deps=(s,))
                 if (head > 0) | (tail < KEYS):
                     b_s = hide(b_s, last_key, oldest_key, WINDOW)
                 b_p, b_m, b_shrink = centre(b_s, b_m, scale_log2, 0)
                 b_l = add_up(b_l, b_p, b_shrink)
             else:
+                if TURNS:
+                    named_sync(TURN + PART, 256)
+                s = score(q, k_smem.index(slot), S)
+                acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
+                if TURNS:
+                    named_arrive(TURN + (PART + 1) % PARTS, 256)
                 b_s = warpgroup_mma_wait(1, deps=(s,))
                 if (head > 0) | (tail < KEYS):
                     b_s = hide(b_s, last_key, oldest_key, WINDOW)
-                b_new_m, b_new_l = start_sums(b_l, lse, lse_strides, i_bh, row0, LENGTH, HEADS, MERGE, ROW)
+                b_new_acc, b_new_m, b_new_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
                 b_p, b_new_m, b_shrink = centre(b_s, b_new_m, scale_log2, 0)
                 b_new_l = add_up(b_new_l, b_p, b_shrink)
                 if PIN:
                     b_new_l = hold_back(b_new_l)
                 b_acc = warpgroup_mma_wait(0, deps=(acc,))
                 finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
-                b_acc = start_rows(b_acc, before, before_strides, i_bh, row0, LENGTH, HEADS, E, MERGE)
+                b_acc = b_new_acc
                 b_m = b_new_m
                 b_l = b_new_l
             mbarrier.arrive(empty.index(slot), count=1)
+            if QREG:  # not before a product has read them: a load is under way for longer than a barrier takes
+                mbarrier.arrive(q_empty.index(at), count=1)
             slot, phase = advance(slot, phase, SLOTS)
             b_pair = pack(b_p, dtype)
             for i_run in range(begin, end):
-                start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+                start_key, length, head, tail, shift, low, high, window = run_at(runs, i_run)
                 last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
                 for j in range(gl.where(i_run == begin, KEYS, 0), length, KEYS):
                     mbarrier.wait(full.index(slot), phase)
                     b_acc = shrink(b_acc, b_shrink)
                     if TURNS:
                         named_sync(TURN + PART, 256)
-                    s = warpgroup_mma(
-                        q, k_smem.index(slot).permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, S),
-                        use_acc=False, is_async=True,
-                    )  # fmt: skip
+                    s = score(q, k_smem.index(slot), S)
                     acc = warpgroup_mma(unpack(b_pair, dtype, O), v_smem.index(slot), b_acc, is_async=True)
                     if TURNS:
                         named_arrive(TURN + (PART + 1) % PARTS, 256)
@@ -289,11 +288,9 @@ def attend_rows(
             buffer, q_phase = advance(buffer, q_phase, BUFFERS)
             last_bh = i_bh
             last_row0 = row0
-        else:
-            row0 = tile0 + PART * ROWS
-            b_new_m, b_new_l = start_sums(b_l, lse, lse_strides, i_bh, row0, LENGTH, HEADS, MERGE, ROW)
-            b_rows = start_rows(b_acc, before, before_strides, i_bh, row0, LENGTH, HEADS, E, MERGE)
-            finish(b_rows, b_new_m, b_new_l, result, error, i_bh, row0, LENGTH, HEADS, E, WAIT)
+        else:  # nothing to see: out 0 and lse -inf, or what they were
+            b_old_acc, b_old_m, b_old_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
+            finish(b_old_acc, b_old_m, b_old_l, result, error, i_bh, row0, LENGTH, HEADS, E, WAIT)
         i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end
     if last_bh >= 0:
         mbarrier.wait(full.index(slot), phase)
@@ -306,88 +303,9 @@ def attend_rows(
 
 
 @gluon.jit
-def start_sums(b_like, lse, strides, i_bh, row0, LENGTH, HEADS: gl.constexpr, MERGE: gl.constexpr, ROW: gl.constexpr):
-    """Maxima, and partial sums that lie as `b_like`, of rows that have seen what lse says: 2^m in all, an eighth of it in
-    each partial sum."""
-    ROWS: gl.constexpr = b_like.shape[0]
-    PARTS: gl.constexpr = b_like.type.layout
-    if MERGE:
-        p_lse = sums_at(lse, strides, i_bh, row0, HEADS, ROWS, ROW)
-        b_m = gl.load(p_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0, other=-float("inf")) * LOG2E
-        b_eighth = gl.convert_layout(gl.where(b_m == -float("inf"), 0.0, 0.125), gl.SliceLayout(1, PARTS))
-        return gl.maximum(b_m, LOWEST), gl.zeros_like(b_like) + b_eighth[:, None]
-    else:
-        return gl.full([ROWS], LOWEST, gl.float32, ROW), gl.zeros_like(b_like)
-
-
-@gluon.jit
-def start_rows(b_like, before, strides, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr):
-    """Rows of out so far, which lie as `b_like`."""
-    ROWS: gl.constexpr = b_like.shape[0]
-    BLOCK_E: gl.constexpr = b_like.shape[1]
-    O: gl.constexpr = b_like.type.layout
-    if MERGE:
-        p_before = rows_at(before, strides, i_bh, row0, HEADS, ROWS, BLOCK_E, O)
-        return gl.load(p_before, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, O), other=0.0)
-    else:
-        return gl.zeros_like(b_like)
-
-
-@gluon.jit
-def finish(b_acc, b_m, b_l, result, error, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr):
-    """Writes rows of out and lse."""
-    out, lse, before, out_strides, lse_strides, before_strides = result
-    ROWS: gl.constexpr = b_acc.shape[0]
-    BLOCK_E: gl.constexpr = b_acc.shape[1]
-    O: gl.constexpr = b_acc.type.layout
-    ROW: gl.constexpr = b_m.type.layout
-    b_weight = gl.convert_layout(gl.sum(b_l, 1), ROW)
-    seen = b_weight > 0.0
-    b_lse = gl.where(seen, (b_m + gl.log2(b_weight)) * LN2, -float("inf"))
-    b_inverse = gl.where(seen, 1.0 / b_weight, 0.0)
-    if WAIT:  # keys may not have been there
-        poison = gl.where(gl.load(error, volatile=True) != 0, float("nan"), 0.0)
-        b_lse += poison
-        b_inverse += poison
-    p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
-    gl.store(p_lse, b_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0)
-    b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, O))[:, None]
-    p_out = rows_at(out, out_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, O)
-    gl.store(p_out, b_acc.to(out.dtype.element_ty), mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, O))
-
-
-@gluon.jit
-def sight(length, shift, low, high, window, ROW0: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
-    """The last key of a run that each row sees, -1 for none, and the last one that its window has left behind."""
-    o_row = ROW0 + gl.arange(0, ROWS, layout=ROW)
-    last_key = gl.where((o_row >= low) & (o_row < high), gl.minimum(o_row + shift, length - 1), -1)
-    return last_key, o_row + shift - window
-
-
-@gluon.jit
-def rows_at(x, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
-    """Pointers to rows of one head of x [B, L, H, E]."""
-    i_b = (i_bh // HEADS).to(gl.int64)
-    i_h = (i_bh % HEADS).to(gl.int64)
-    x += i_b * strides[0] + row0.to(gl.int64) * strides[1] + i_h * strides[2]
-    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    o_e = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT))
-    return x + o_row[:, None] * strides[1] + o_e[None, :]
-
-
-@gluon.jit
-def sums_at(lse, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
-    """Pointers to rows of one head of lse [B, H, L]."""
-    i_b = (i_bh // HEADS).to(gl.int64)
-    i_h = (i_bh % HEADS).to(gl.int64)
-    return lse + i_b * strides[0] + i_h * strides[1] + row0 + gl.arange(0, ROWS, layout=ROW)
-
-
-@gluon.jit
-def inside(rows, ROWS: gl.constexpr, E: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
-    """Which places of a block are rows and columns of the tensor."""
-    real = (gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < rows)[:, None]
-    if E < BLOCK_E:
-        return real & (gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT)) < E)[None, :]
-    else:
-        return real
+def score(q, k, S: gl.constexpr):
+    """Starts Q K^T."""
+    ROWS: gl.constexpr = q.shape[0]
+    KEYS: gl.constexpr = k.shape[0]
+    b_zero = gl.zeros([ROWS, KEYS], gl.float32, S)
+    return warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)

@@ -19,6 +19,7 @@ __all__ = ["Arrival", "forward"]
 
 OPTIONS = dict(TURNS=True, EMULATE=0, PIN=True, QREG=False, BUFFERS=1)
 PARTS, KEYS, SLOTS, REGISTERS, MAXNREG = 2, 128, 3, 240, 168
+PER_SM = 1
 ROWS = 64  # that a warpgroup owns
 
 
@@ -69,7 +70,7 @@ def forward(
     launch(
         forward_kernel,
         q.device,
-        (min(total, processors(q.device)), 1, 1),
+        (min(total, PER_SM * processors(q.device)), 1, 1),
         (
             *(described(x, block) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS))),
             *(out, lse, before, work.tiles, work.runs, positive(scale), rows, tiles, side, total),
