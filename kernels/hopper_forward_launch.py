@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .hopper_arguments import described, processors
-from .hopper_forward import forward_kernel
+from .hopper_arguments import NARROWEST, described, processors
+from .hopper_forward import hopper_forward_kernel
 from .interface import nothing_seen
 from .segments import Segments
 from .tiles import query_tiles
 from .triton_arguments import strides
 from .triton_launch import launch, lower, positive, section
+from .tuning import Tiling, architecture, tiling_for
 
 __all__ = ["Arrival", "forward"]
 
-OPTIONS = dict(TURNS=True, EMULATE=0, PIN=True, QREG=False, BUFFERS=1)
-PARTS, KEYS, SLOTS, REGISTERS, MAXNREG = 2, 128, 3, 240, 168
-PER_SM = 1
-ROWS = 64  # that a warpgroup owns
+ROWS = 64  # of a tile, that a warpgroup owns
+REGISTERS = {2: (240, 168), 3: (160, 128)}  # by warpgroups: for each thread of theirs, and when the program starts
 
 
 class Arrival(NamedTuple):
@@ -52,7 +52,8 @@ def forward(
     """`Kernel.forward`; with `arrival`, of keys and values that are still on their way."""
     batch, rows, heads, d = q.shape
     groups, e = v.shape[2:]
-    work = lower(query_tiles, segments, rows, ROWS * PARTS, KEYS, q.device)
+    tiling = tiling_for("hopper forward", architecture(q.device), q.dtype, max(d, e, NARROWEST), rows)
+    work = lower(query_tiles, segments, rows, tiling.rows, tiling.keys, q.device)
     if not work.busy:
         out, lse = running or nothing_seen(q, v)
         return out.to(out_dtype), lse
@@ -68,19 +69,37 @@ def forward(
     total = tiles * units * group
     flags, epoch, slot, patience, error = arrival or (None, 0, 1, 0, None)
     launch(
-        forward_kernel,
+        hopper_forward_kernel,
         q.device,
-        (min(total, PER_SM * processors(q.device)), 1, 1),
+        (min(total, processors(q.device)), 1, 1),
         (
-            *(described(x, block) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS))),
+            *(described(x, block) for x, block in ((q, ROWS), (k, tiling.keys), (v, tiling.keys))),
             *(out, lse, before, work.tiles, work.runs, positive(scale), rows, tiles, side, total),
             *(flags, error, epoch, slot, patience),
         ),
         (strides(out), strides(lse), strides(before)),
-        {"HEADS": heads, "GROUP": group, "E": e, "PARTS": PARTS, "SLOTS": SLOTS, "REGISTERS": REGISTERS, "num_warps": 4, "maxnreg": MAXNREG},
+        constants(tiling, heads, group, max(d, e), e),
         MERGE=running is not None,
         WINDOW=work.windowed,
         WAIT=arrival is not None,
-        **OPTIONS
     )
     return out, lse
+
+
+@cache
+def constants(tiling: Tiling, heads: int, group: int, width: int, e: int) -> dict[str, int | bool]:
+    """What the kernel is compiled for and that a shape and a tiling say."""
+    parts = tiling.rows // ROWS
+    registers, at_start = REGISTERS[parts]
+    return {
+        "HEADS": heads,
+        "GROUP": group,
+        "E": e,
+        "PARTS": parts,
+        "BUFFERS": 1 if tiling.keep or width > 128 else 2,  # wider ones leave no room
+        "SLOTS": tiling.stages,
+        "REGISTERS": registers,
+        "KEEP": tiling.keep,
+        "num_warps": 4,
+        "maxnreg": at_start,
+    }

@@ -20,14 +20,14 @@ def start(
     HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """acc, m and l of rows that have seen what out and lse say, or nothing. acc and l lie as `b_acc` and `b_l` do."""
-    out, lse, before, out_strides, lse_strides, before_strides = result
+    _out, lse, before, _out_strides, lse_strides, before_strides = result
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_E: gl.constexpr = b_acc.shape[1]
-    O: gl.constexpr = b_acc.type.layout
+    OUT: gl.constexpr = b_acc.type.layout
     if MERGE:
-        p_before = rows_at(before, before_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, O)
+        p_before = rows_at(before, before_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, OUT)
         p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
-        b_acc = gl.load(p_before, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, O), other=0.0)
+        b_acc = gl.load(p_before, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, OUT), other=0.0)
         b_m = gl.load(p_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0, other=-float("inf")) * LOG2E
         # That weighs 2^m in all, an eighth of it in each partial sum.
         b_eighth = gl.convert_layout(gl.where(b_m == -float("inf"), 0.0, 0.125), gl.SliceLayout(1, b_l.type.layout))
@@ -37,12 +37,14 @@ def start(
 
 
 @gluon.jit
-def finish(b_acc, b_m, b_l, result, error, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr):
+def finish(
+    b_acc, b_m, b_l, result, error, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr
+):
     """Writes rows of out and lse."""
-    out, lse, before, out_strides, lse_strides, before_strides = result
+    out, lse, _before, out_strides, lse_strides, _before_strides = result
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_E: gl.constexpr = b_acc.shape[1]
-    O: gl.constexpr = b_acc.type.layout
+    OUT: gl.constexpr = b_acc.type.layout
     ROW: gl.constexpr = b_m.type.layout
     b_weight = gl.convert_layout(gl.sum(b_l, 1), ROW)
     seen = b_weight > 0.0
@@ -54,9 +56,9 @@ def finish(b_acc, b_m, b_l, result, error, i_bh, row0, LENGTH, HEADS: gl.constex
         b_inverse += poison
     p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
     gl.store(p_lse, b_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0)
-    b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, O))[:, None]
-    p_out = rows_at(out, out_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, O)
-    gl.store(p_out, b_acc.to(out.dtype.element_ty), mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, O))
+    b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, OUT))[:, None]
+    p_out = rows_at(out, out_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, OUT)
+    gl.store(p_out, b_acc.to(out.dtype.element_ty), mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, OUT))
 
 
 @gluon.jit
@@ -68,7 +70,9 @@ def sight(length, shift, low, high, window, ROW0: gl.constexpr, ROWS: gl.constex
 
 
 @gluon.jit
-def rows_at(x, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
+def rows_at(
+    x, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr
+):
     """Pointers to rows of one head of x [B, L, H, E]."""
     i_b = (i_bh // HEADS).to(gl.int64)
     i_h = (i_bh % HEADS).to(gl.int64)

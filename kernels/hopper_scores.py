@@ -18,7 +18,6 @@ from triton.experimental.gluon import language as gl
 __all__ = ["add_up", "centre", "eighths", "hide", "hold_back", "pack", "shrink", "unpack"]
 
 SLACK = gl.constexpr(8.0)
-ASM_LANES = 16  # exponentials in one piece of assembly
 
 
 @gluon.jit
@@ -42,18 +41,11 @@ def hide(b_s, last_key, oldest_key, WINDOW: gl.constexpr):
 
 
 @gluon.jit
-def centre(b_s, b_m, scale_log2, EMULATE: gl.constexpr):
+def centre(b_s, b_m, scale_log2):
     """P, the maximum that it is relative to, and the factor by which older sums shrink."""
     b_top = gl.convert_layout(gl.max(gl.max(eighths(b_s), 1), 1), b_m.type.layout) * scale_log2
     b_new = gl.where(b_top - b_m > SLACK, b_top, b_m)
-    b_x = b_s * scale_log2 - b_new[:, None]
-    if EMULATE > 0:
-        b_p = gl.inline_asm_elementwise(
-            exponential_asm(EMULATE), exponential_constraints(), [b_x], dtype=gl.float32, is_pure=True, pack=16
-        )
-    else:
-        b_p = gl.exp2(b_x)
-    return b_p, b_new, gl.exp2(b_m - b_new)
+    return gl.exp2(b_s * scale_log2 - b_new[:, None]), b_new, gl.exp2(b_m - b_new)
 
 
 @gluon.jit
@@ -151,25 +143,3 @@ def hide_asm(n, window):
 @gluon.constexpr_function
 def pack_asm(dtype):
     return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
-
-
-@gluon.constexpr_function
-def exponential_constraints():
-    return ",".join(["=f"] * ASM_LANES + ["f"] * ASM_LANES)
-
-
-@gluon.constexpr_function
-def exponential_asm(emulated):
-    """2^x of 16 numbers, `emulated` of them by the FMA units: x = n + f with |f| <= 1/2, 2^f by a polynomial of degree 3
-    (off by 1.0e-04 at most, a tenth of what rounding to 16 bits costs), n added to the exponent."""
-    lines = [".reg .f32 x, n, f, p; .reg .b32 e, r;"]
-    for i in range(ASM_LANES - emulated):
-        lines.append(f"ex2.approx.ftz.f32 ${i}, ${ASM_LANES + i};")
-    for i in range(ASM_LANES - emulated, ASM_LANES):
-        lines += [
-            f"max.f32 x, ${ASM_LANES + i}, 0fC2FE0000;",  # -127: what is hidden becomes 0
-            "add.rn.f32 n, x, 0f4B400000; sub.rn.f32 f, n, 0f4B400000; sub.rn.f32 f, x, f;",  # 1.5 * 2^23 rounds
-            "fma.rn.f32 p, f, 0f3D61510B, 0f3E780626; fma.rn.f32 p, p, f, 0f3F317AFD; fma.rn.f32 p, p, f, 0f3F800000;",
-            f"mov.b32 e, n; shl.b32 e, e, 23; mov.b32 r, p; add.s32 r, e, r; mov.b32 ${i}, r;",
-        ]
-    return "{ " + " ".join(lines) + " }"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-__all__ = ["exponentials_in_the_shade", "overwritten_operands"]
+__all__ = ["exponentials_in_the_shade", "overwritten_operands", "spills_in_product_loops"]
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([^;]*);", re.MULTILINE)
 LINE = re.compile(r"^(?P<label>\.L_x_\d+):|^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?(?P<text>[^;]*);", re.MULTILINE)
@@ -38,7 +38,9 @@ def overwritten_operands(code: str) -> list[str]:
         elif wait := OUTSTANDING.match(text):
             groups = groups[max(len(groups) - 1 - int(wait[1], 16), 0) :]
         elif (target := DESTINATION.match(text)) and not WRITE_NO_REGISTER.match(text):
-            width = next((n for mark, n in ((".128", 4), (".64", 2), (".WIDE", 2), ("LDSM", 4)) if mark in target[1]), 1)
+            width = next(
+                (n for mark, n in ((".128", 4), (".64", 2), (".WIDE", 2), ("LDSM", 4)) if mark in target[1]), 1
+            )
             if registers(int(target[2]), width) & set().union(*groups):
                 found.append(text)
     return found
@@ -58,6 +60,12 @@ def exponentials_in_the_shade(code: str) -> int:
             shaded += busy and text.startswith("MUFU.EX2")
         best = max(best, (sum(text.startswith("MUFU.EX2") for text in loop), shaded))
     return best[1]
+
+
+def spills_in_product_loops(code: str) -> int:
+    """Registers stored to or loaded from memory in innermost loops that multiply matrices."""
+    loops = [loop for loop in innermost_loops(code) if any(text.startswith("HGMMA") for text in loop)]
+    return sum(text.startswith(("LDL", "STL")) for loop in loops for text in loop)
 
 
 def innermost_loops(code: str) -> Iterator[list[str]]:
