@@ -7,6 +7,7 @@ ring again. Tensors: q [B, L, H, D], k [B, L, G, D], v [B, L, G, E] with L this 
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -16,18 +17,23 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.agreement import agree
 from ringattn.checks import check_inputs, refuse_unsupported
-from ringattn.executors import ring
+from ringattn.cost import Choice, Workload, choose_executor
+from ringattn.executors import gather, pull, ring
 from ringattn.executors.call import Call
 from ringattn.kernels.interface import accumulate_dtype
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import make_layout
-from ringattn.plan import make_plan
+from ringattn.plan import Plan, make_plan
 from ringattn.ranks import Ranks, group_name, ranks_named
+from ringattn.transport.symmetric import node
 from ringattn.version import __version__
 
 __all__ = ["EXECUTORS", "ring_attention"]
 
-EXECUTORS = {"ring": ring}
+EXECUTORS = {"ring": ring, "gather": gather, "pull": pull}
+
+
+logger = logging.getLogger("ringattn")
 
 
 class Settings(NamedTuple):
@@ -45,8 +51,9 @@ class Settings(NamedTuple):
 SCHEMA = "str group, str layout, SymInt? seq_len, bool causal, float scale, str kernel, str executor"
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
-    """Turns an operator's arguments into a call, after all ranks have agreed on them if they are new."""
+def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Any, Call]:
+    """Turns an operator's arguments into an executor and its call, after all ranks have agreed on them if they are
+    new."""
     ranks = ranks_named(settings.group)
     ranks.calls += 1
     if settings.seq_len is None:
@@ -54,12 +61,30 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
     configuration = settings, tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
     if configuration not in ranks.agreed:
         agree_on(ranks, q, k, v, settings)
-        if ranks.transport is not None:
-            ranks.transport.connect(q.device)
-        ranks.agreed.add(configuration)
+        plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
+        choice = choose(ranks, plan, q, k, v, settings.kernel, settings.executor)
+        ranks.connect(q.device, choice.executor)
+        ranks.agreed[configuration] = choice
+        logger.info("executor: %s", choice)
+    executor, schedule, *_ = ranks.agreed[configuration]
     plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
     kernel = choose_kernel(settings.kernel, q, k, v).kernel
-    return Call(plan, ranks.rank, kernel, settings.scale, ranks.transport, ranks.buffers)
+    call = Call(plan, ranks.rank, kernel, settings.scale, ranks.transport, ranks.buffers, ranks.symmetric, schedule)
+    return EXECUTORS[executor], call
+
+
+def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: str, executor: str) -> Choice:
+    """`choose_executor` for such tensors; equal on ranks that have agreed."""
+    load = Workload(
+        plan,
+        choose_kernel(kernel, q, k, v).kernel.name,
+        q.shape[0],
+        *(q.shape[2], k.shape[2], q.shape[3], v.shape[3]),
+        itemsize=q.dtype.itemsize,
+        same_node=ranks.same_node,
+        memory=ranks.memory,
+    )
+    return choose_executor(executor, load)
 
 
 def agree_on(ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> None:
@@ -84,10 +109,14 @@ def agree_on(ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, settings: Settings) 
             "softmax_scale": settings.scale,
             "kernel": choose_kernel(settings.kernel, q, k, v).kernel.name,
             "executor": settings.executor,
+            "node": node(q.device),
+            "memory": torch.cuda.get_device_properties(q.device).total_memory if q.is_cuda else 0,
         }
     except (ValueError, TypeError, NotImplementedError) as error:
         refusal = error
     records = agree(ranks, record, refusal)
+    ranks.same_node = len({other["node"] for other in records}) == 1 and bool(record["node"])
+    ranks.memory = min(int(other["memory"]) for other in records)
     held = tuple(other["tokens"] for other in records)
     layout = make_layout(settings.layout, settings.seq_len, ranks.size)
     if held != layout.lengths:
@@ -101,8 +130,8 @@ def agree_on(ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, settings: Settings) 
     "ringattn::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)"
 )
 def attention_forward(q, k, v, *settings):
-    settings = Settings(*settings)
-    return EXECUTORS[settings.executor].forward(prepare(q, k, v, settings), q, k, v)
+    executor, call = prepare(q, k, v, Settings(*settings))
+    return executor.forward(call, q, k, v)
 
 
 @attention_forward.register_fake
@@ -118,8 +147,7 @@ def _(q, k, v, *settings):
     f"{SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 def attention_backward(dout, dlse, q, k, v, out, lse, *settings):
-    settings = Settings(*settings)
-    call = prepare(q, k, v, settings)
+    executor, call = prepare(q, k, v, Settings(*settings))
     delta = call.kernel.row_delta(dout, out)
     if dlse is not None:
         if not call.kernel.reads_delta:
@@ -127,7 +155,7 @@ def attention_backward(dout, dlse, q, k, v, out, lse, *settings):
                 f"kernel={call.kernel.name!r} cannot differentiate lse; use kernel='reference', or detach the lse"
             )
         delta -= dlse
-    grads = EXECUTORS[settings.executor].backward(call, dout, q, k, v, out, lse, delta)
+    grads = executor.backward(call, dout, q, k, v, out, lse, delta)
     return tuple(grad.to(q.dtype).contiguous() for grad in grads)
 
 
@@ -181,7 +209,7 @@ def ring_attention(
         softmax_scale: factor on the scores; D ** -0.5 unless given.
         seq_len: tokens of the whole sequence; L * ranks unless given, so needed where it does not divide.
         kernel: "auto", or a name of `ringattn.kernels.registry.KERNELS`; a name never falls back to another.
-        executor: "auto" or "ring".
+        executor: "ring", "gather" or "pull", or "auto" for the one that `ringattn.cost` predicts to be fastest.
         return_lse: return (out, lse).
 
     Returns:
@@ -198,7 +226,6 @@ def ring_attention(
     if executor not in ("auto", *EXECUTORS):
         raise ValueError(f"got executor={executor!r}; choose one of {', '.join(('auto', *EXECUTORS))}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    executor = "ring" if executor == "auto" else executor
     settings = Settings(group_name(group), layout, seq_len, causal, scale, kernel, executor)
     out, lse = attention_forward(q, k, v, *settings)
     return (out, lse) if return_lse else out

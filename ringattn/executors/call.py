@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.interface import Kernel
 from ringattn.plan import Plan
-from ringattn.transport.interface import Transport
+from ringattn.transport.interface import Symmetric, Transport
 
-__all__ = ["Buffers", "Call"]
+__all__ = ["Buffers", "Call", "Schedule"]
 
 
 class Buffers:
@@ -36,6 +37,15 @@ class Buffers:
         return self._bytes[key][:size].view(dtype).view(shape)
 
 
+class Schedule(NamedTuple):
+    """How finely an executor cuts its work, so that travel hides behind compute. Chosen by `ringattn.cost`; results
+    depend on it only in rounding."""
+
+    own_first: bool = True  # pull: own keys while the others' come, in a launch of their own; else one launch for all
+    halves: bool = True  # backward: own keys in two launches, one while keys come and one while gradients go home
+    head_groups: int = 1  # gather: the heads' keys come in so many groups, of which two are held at a time
+
+
 @dataclass(frozen=True)
 class Call:
     """One rank's part in one attention over a sequence."""
@@ -46,3 +56,5 @@ class Call:
     scale: float
     transport: Transport | None  # None when there is one rank
     buffers: Buffers
+    symmetric: Symmetric | None = None  # None where ranks cannot reach each other's memory
+    schedule: Schedule = Schedule()
