@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from math import log
 from typing import NamedTuple
 
@@ -136,7 +137,7 @@ def seconds(link: str, nbytes: float) -> float:
     curve = LINKS[link]
     if nbytes <= curve[0][0]:
         return curve[0][0] / curve[0][1] if nbytes else 0.0
-    for (small, slow), (large, fast) in zip(curve, curve[1:], strict=False):
+    for (small, slow), (large, fast) in pairwise(curve):
         if nbytes <= large:
             return nbytes / (slow + (fast - slow) * log(nbytes / small) / log(large / small))
     return nbytes / curve[-1][1]

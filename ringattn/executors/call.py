@@ -46,6 +46,9 @@ class Schedule(NamedTuple):
     head_groups: int = 1  # gather: the heads' keys come in so many groups, of which two are held at a time
 
 
+DEFAULT = Schedule()
+
+
 @dataclass(frozen=True)
 class Call:
     """One rank's part in one attention over a sequence."""
@@ -57,4 +60,4 @@ class Call:
     transport: Transport | None  # None when there is one rank
     buffers: Buffers
     symmetric: Symmetric | None = None  # None where ranks cannot reach each other's memory
-    schedule: Schedule = Schedule()
+    schedule: Schedule = DEFAULT

@@ -41,7 +41,7 @@ class Backward:
         self.out, self.lse, self.delta = out, lse, delta
         self.dq: Tensor | None = None
         cut = k.shape[1] // 2 if call.schedule.halves and call.plan.ranks > 1 else 0
-        self.first, self.last = ((slice(cut, k.shape[1]), slice(0, cut)) if cut else (None, slice(0, k.shape[1])))
+        self.first, self.last = (slice(cut, k.shape[1]), slice(0, cut)) if cut else (None, slice(0, k.shape[1]))
         self.own: list[Part] = []
 
     def differentiate(self, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:

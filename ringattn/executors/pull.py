@@ -94,9 +94,8 @@ class Keys:
 
     def of(self, rank: int) -> Pair:
         """A rank's axis."""
-        k, v = self.like
         length = axis_of(self.call.plan, rank).length
-        return views(self.symmetric.region(rank, self.turn), k.dtype, *(shape(x, length) for x in self.like))
+        return views(self.symmetric.region(rank, self.turn), self.like[0].dtype, *(shape(x, length) for x in self.like))
 
     def bring(self) -> Callable[[], None]:
         """Shows own keys to the others, and starts to bring theirs."""

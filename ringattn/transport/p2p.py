@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import AllgatherOptions, PrefixStore, _get_default_store
 
 from ringattn.transport.interface import Message, Move, TransportError
 from ringattn.transport.watch import Watch
@@ -31,6 +31,8 @@ class P2PTransport:
         self.deadline = deadline
         self.nccl: dist.ProcessGroupNCCL | None = None
         self.watch: Watch | None = None
+        self.gathering = AllgatherOptions()
+        self.gathering.asyncOp = True
 
     def connect(self, device: torch.device) -> None:
         """Makes NCCL's communicator, once. All ranks must join in that, and in the first exchange of a sequence a
@@ -42,10 +44,10 @@ class P2PTransport:
         options.global_ranks_in_group = dist.get_process_group_ranks(self.group)
         options._timeout = 4 * self.deadline  # its own watchdog ends the process; ours comes first
         store = PrefixStore(f"ringattn/{self.group.group_name}/nccl", _get_default_store())
-        self.nccl = dist.ProcessGroupNCCL(store, self.rank, self.group.size(), options)
-        atexit.register(self.nccl.abort)
-        self.watch = Watch(self.rank, self.deadline.total_seconds(), self.nccl.abort)
-        self.nccl.allreduce([torch.zeros(1, device=device)], dist.AllreduceOptions()).wait()
+        nccl = self.nccl = dist.ProcessGroupNCCL(store, self.rank, self.group.size(), options)
+        atexit.register(nccl.abort)
+        self.watch = Watch(self.rank, self.deadline.total_seconds(), nccl.abort)
+        nccl.allreduce([torch.zeros(1, device=device)]).wait()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
         """See `Transport.exchange`."""
@@ -71,13 +73,9 @@ class P2PTransport:
         """See `Transport.all_gather`."""
         pairs = [(whole.view(-1), part.view(-1)) for whole, part in moves if whole.numel()]
         if self.nccl is not None:
-            options = dist.AllgatherOptions()
-            options.asyncOp = True
-            works = [self.nccl._allgather_base(whole, part, options) for whole, part in pairs]
+            works = [self.nccl._allgather_base(whole, part, self.gathering) for whole, part in pairs]
         else:
-            works = [
-                dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True) for whole, part in pairs
-            ]
+            works = [dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True) for whole, part in pairs]
         return self.waiting(works, "all ranks to gather")
 
     def waiting(self, works: Sequence[dist.Work | None], what: str) -> Callable[[], None]:

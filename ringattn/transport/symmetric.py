@@ -106,9 +106,7 @@ class SymmetricMemory:
         held = self.sizes or (0,) * len(sizes)
         if all(size <= have for size, have in zip(sizes, held, strict=True)):
             return
-        self.sizes = tuple(
-            -(-max(size, have) // ALIGNMENT) * ALIGNMENT for size, have in zip(sizes, held, strict=True)
-        )
+        self.sizes = tuple(-(-max(size, have) // ALIGNMENT) * ALIGNMENT for size, have in zip(sizes, held, strict=True))
         self.generation += 1
         self.barrier(f"free/{self.generation}")  # nobody uses the old memory any more
         self.regions, self.arena = [], None
