@@ -76,10 +76,13 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Any, C
 def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: str, executor: str) -> Choice:
     """`choose_executor` for such tensors; equal on ranks that have agreed."""
     load = Workload(
-        plan,
-        choose_kernel(kernel, q, k, v).kernel.name,
-        q.shape[0],
-        *(q.shape[2], k.shape[2], q.shape[3], v.shape[3]),
+        plan=plan,
+        kernel=choose_kernel(kernel, q, k, v).kernel.name,
+        batch=q.shape[0],
+        q_heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        v_head_dim=v.shape[3],
         itemsize=q.dtype.itemsize,
         same_node=ranks.same_node,
         memory=ranks.memory,

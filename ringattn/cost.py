@@ -133,13 +133,14 @@ class Choice(NamedTuple):
 
 
 def seconds(link: str, nbytes: float) -> float:
-    """To carry so many bytes: the measured rates, interpolated over the logarithm of the size."""
+    """To carry so many bytes: what was measured, interpolated in logarithms."""
     curve = LINKS[link]
     if nbytes <= curve[0][0]:
         return curve[0][0] / curve[0][1] if nbytes else 0.0
     for (small, slow), (large, fast) in pairwise(curve):
         if nbytes <= large:
-            return nbytes / (slow + (fast - slow) * log(nbytes / small) / log(large / small))
+            share = log(nbytes / small) / log(large / small)
+            return (small / slow) ** (1 - share) * (large / fast) ** share
     return nbytes / curve[-1][1]
 
 
@@ -271,8 +272,18 @@ def main() -> None:
     parser.add_argument("--across-nodes", action="store_true")
     chosen = parser.parse_args()
     plan = make_plan(chosen.layout, chosen.tokens * chosen.ranks, chosen.ranks, causal=True)
+    q_heads, kv_heads = chosen.heads
     load = Workload(
-        plan, chosen.kernel, 1, *chosen.heads, chosen.head_dim, chosen.head_dim, 2, not chosen.across_nodes, 141 * 10**9
+        plan=plan,
+        kernel=chosen.kernel,
+        batch=1,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=chosen.head_dim,
+        v_head_dim=chosen.head_dim,
+        itemsize=2,
+        same_node=not chosen.across_nodes,
+        memory=141 * 10**9,
     )
     print(choose_executor("auto", load))
 

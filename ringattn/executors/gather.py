@@ -101,7 +101,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
         return attend(q, bring(call, k, v, 0)())
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q))
-    parts = list(zip(*(x.tensor_split(groups, 2) for x in (k, v)), strict=True))
+    parts = list(zip(k.tensor_split(groups, 2), v.tensor_split(groups, 2), strict=True))
     ratio, head = q.shape[2] // k.shape[2], 0
     coming = bring(call, *parts[0], 0)
     for number, part in enumerate(parts):

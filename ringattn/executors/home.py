@@ -65,15 +65,8 @@ class Backward:
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (self.k, self.v))
         for own in self.own:
             joining = [part for part in (overlap(own, part) for part in parts) if part is not None]
-            for index, (result, total) in enumerate(((dk, own.dk), (dv, own.dv)), 1):
-                target = result[:, own.keys]
-                whole = bool(joining) and joining[-1].keys == own.keys
-                for part in joining[: len(joining) - whole]:
-                    total[:, part.keys.start - own.keys.start : part.keys.stop - own.keys.start].add_(part[index])
-                if whole:
-                    torch.add(total, joining[-1][index], out=target)
-                else:
-                    target.copy_(total)
+            add(own.keys, own.dk, [(part.keys, part.dk) for part in joining], dk[:, own.keys])
+            add(own.keys, own.dv, [(part.keys, part.dv) for part in joining], dv[:, own.keys])
         return self.dq, dk, dv
 
 
@@ -84,3 +77,14 @@ def overlap(own: Part, part: Part) -> Part | None:
         return None
     inside = slice(start - part.keys.start, stop - part.keys.start)
     return Part(slice(start, stop), part.dk[:, inside], part.dv[:, inside])
+
+
+def add(keys: slice, total: Tensor, parts: list[tuple[slice, Tensor]], result: Tensor) -> None:
+    """Adds parts to `total`, the gradients of `keys`, and rounds into `result`; the last in one pass if it can."""
+    last = parts.pop()[1] if parts and parts[-1][0] == keys else None
+    for some, part in parts:
+        total[:, some.start - keys.start : some.stop - keys.start].add_(part)
+    if last is None:
+        result.copy_(total)
+    else:
+        torch.add(total, last, out=result)

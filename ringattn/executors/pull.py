@@ -95,7 +95,8 @@ class Keys:
     def of(self, rank: int) -> Pair:
         """A rank's axis."""
         length = axis_of(self.call.plan, rank).length
-        return views(self.symmetric.region(rank, self.turn), self.like[0].dtype, *(shape(x, length) for x in self.like))
+        k, v = views(self.symmetric.region(rank, self.turn), self.like[0].dtype, *(shape(x, length) for x in self.like))
+        return k, v
 
     def bring(self) -> Callable[[], None]:
         """Shows own keys to the others, and starts to bring theirs."""

@@ -23,7 +23,7 @@ def await_kernel(p_words, p_error, count, patience, me, RANKS: tl.constexpr):
             seen = tl.atomic_add(p_words + peer, 0, sem="acquire", scope="sys")
             while (seen < count) & (waited < patience):
                 seen = tl.atomic_add(p_words + peer, 0, sem="acquire", scope="sys")
-                waited = globaltimer() - start
+                waited = globaltimer() - start  # pyright: ignore[reportOperatorIssue]
             if seen < count:
                 missing = missing | (tl.cast(1, tl.int64) << peer)
     if missing != 0:

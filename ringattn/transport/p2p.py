@@ -9,10 +9,12 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import AllgatherOptions, PrefixStore, _get_default_store
+from torch._C._distributed_c10d import AllgatherOptions
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringattn.transport.interface import Message, Move, TransportError
 from ringattn.transport.watch import Watch
@@ -29,7 +31,7 @@ class P2PTransport:
         self.group = group
         self.rank = dist.get_rank(group)
         self.deadline = deadline
-        self.nccl: dist.ProcessGroupNCCL | None = None
+        self.nccl: Any = None  # a dist.ProcessGroupNCCL, which builds of torch for CPUs lack
         self.watch: Watch | None = None
         self.gathering = AllgatherOptions()
         self.gathering.asyncOp = True
@@ -44,10 +46,10 @@ class P2PTransport:
         options.global_ranks_in_group = dist.get_process_group_ranks(self.group)
         options._timeout = 4 * self.deadline  # its own watchdog ends the process; ours comes first
         store = PrefixStore(f"ringattn/{self.group.group_name}/nccl", _get_default_store())
-        nccl = self.nccl = dist.ProcessGroupNCCL(store, self.rank, self.group.size(), options)
-        atexit.register(nccl.abort)
-        self.watch = Watch(self.rank, self.deadline.total_seconds(), nccl.abort)
-        nccl.allreduce([torch.zeros(1, device=device)]).wait()
+        self.nccl = dist.ProcessGroupNCCL(store, self.rank, self.group.size(), options)
+        atexit.register(self.nccl.abort)
+        self.watch = Watch(self.rank, self.deadline.total_seconds(), self.nccl.abort)
+        self.nccl.allreduce([torch.zeros(1, device=device)]).wait()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
         """See `Transport.exchange`."""

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -142,9 +142,8 @@ class SymmetricMemory:
         from ringattn.transport.await_kernel import await_kernel
 
         with torch.cuda.device(self.device):
-            await_kernel[(1,)](
-                self.my_words[row], self.error, count, self.patience, self.rank, RANKS=self.size, num_warps=1
-            )
+            launch: Any = await_kernel[(1,)]
+            launch(self.my_words[row], self.error, count, self.patience, self.rank, RANKS=self.size, num_warps=1)
 
     def copy(self, moves: Sequence[Move], *, notify: bool = False) -> Callable[[], None]:
         """See `Symmetric.copy`."""
