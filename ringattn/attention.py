@@ -19,7 +19,7 @@ from ringattn.agreement import agree
 from ringattn.checks import check_inputs, refuse_unsupported
 from ringattn.cost import Choice, Workload, choose_executor
 from ringattn.executors import gather, pull, ring
-from ringattn.executors.call import Call
+from ringattn.executors.call import Call, Executor
 from ringattn.kernels.interface import accumulate_dtype
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import make_layout
@@ -30,7 +30,7 @@ from ringattn.version import __version__
 
 __all__ = ["EXECUTORS", "ring_attention"]
 
-EXECUTORS = {"ring": ring, "gather": gather, "pull": pull}
+EXECUTORS: dict[str, Executor] = {"ring": ring, "gather": gather, "pull": pull}
 
 
 logger = logging.getLogger("ringattn")
@@ -51,7 +51,7 @@ class Settings(NamedTuple):
 SCHEMA = "str group, str layout, SymInt? seq_len, bool causal, float scale, str kernel, str executor"
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Any, Call]:
+def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Executor, Call]:
     """Turns an operator's arguments into an executor and its call, after all ranks have agreed on them if they are
     new."""
     ranks = ranks_named(settings.group)
@@ -63,14 +63,13 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Any, C
         agree_on(ranks, q, k, v, settings)
         plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
         choice = choose(ranks, plan, q, k, v, settings.kernel, settings.executor)
-        ranks.connect(q.device, choice.executor)
-        ranks.agreed[configuration] = choice
         logger.info("executor: %s", choice)
-    executor, schedule, *_ = ranks.agreed[configuration]
-    plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
-    kernel = choose_kernel(settings.kernel, q, k, v).kernel
-    call = Call(plan, ranks.rank, kernel, settings.scale, ranks.transport, ranks.buffers, ranks.symmetric, schedule)
-    return EXECUTORS[executor], call
+        ranks.connect(q.device, choice.executor)
+        kernel = choose_kernel(settings.kernel, q, k, v).kernel
+        transports = ranks.transport, ranks.buffers, ranks.symmetric
+        call = Call(plan, ranks.rank, kernel, settings.scale, *transports, choice.schedule)
+        ranks.agreed[configuration] = EXECUTORS[choice.executor], call
+    return ranks.agreed[configuration]
 
 
 def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: str, executor: str) -> Choice:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
-from ringattn.executors.call import Buffers
+from ringattn.executors.call import Buffers, Call, Executor
 from ringattn.transport.p2p import P2PTransport
 from ringattn.transport.symmetric import SymmetricMemory
-
-if TYPE_CHECKING:
-    from ringattn.cost import Choice
 
 __all__ = ["ALONE", "Ranks", "group_name", "ranks_named"]
 
@@ -37,7 +33,7 @@ class Ranks:
         self.buffers = Buffers()
         self.symmetric: SymmetricMemory | None = None
         self.calls = 0  # attention calls so far, the same number on every rank
-        self.agreed: dict[Hashable, Choice] = {}  # configuration -> what runs it
+        self.agreed: dict[Hashable, tuple[Executor, Call]] = {}  # configuration -> what runs it
         self.same_node = False  # whether ranks reach each other's memory
         self.memory = 0  # bytes of the smallest GPU
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ringattn.kernels.interface import Kernel
 from ringattn.plan import Plan
 from ringattn.transport.interface import Symmetric, Transport
 
-__all__ = ["Buffers", "Call", "Schedule"]
+__all__ = ["Buffers", "Call", "Executor", "Schedule"]
 
 
 class Buffers:
@@ -61,3 +61,17 @@ class Call:
     buffers: Buffers
     symmetric: Symmetric | None = None  # None where ranks cannot reach each other's memory
     schedule: Schedule = DEFAULT
+
+
+class Executor(Protocol):
+    """What every module of this folder that decides when keys are there has."""
+
+    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, /) -> tuple[Tensor, Tensor]:
+        """out and lse of this rank's queries over the whole sequence."""
+        ...
+
+    def backward(
+        self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv of this rank's queries, keys and values."""
+        ...
