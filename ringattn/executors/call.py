@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class Call:
     buffers: Buffers
     symmetric: Symmetric | None = None  # None where ranks cannot reach each other's memory
     schedule: Schedule = DEFAULT
+    derived: dict[Hashable, Any] = field(default_factory=dict, compare=False)  # what an executor keeps between calls
 
 
 class Executor(Protocol):

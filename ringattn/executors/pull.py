@@ -15,6 +15,7 @@ gradients. On a short sequence everything is one launch behind the copies, with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ringattn.executors.axis import Axis, span, spans
 from ringattn.executors.call import Call
 from ringattn.executors.home import Backward, Part
 from ringattn.kernels.interface import accumulate_dtype
+from ringattn.kernels.segments import Segments
 from ringattn.plan import Plan
 from ringattn.transport.interface import Move, Symmetric
 
@@ -30,6 +32,14 @@ __all__ = ["backward", "forward", "region_sizes"]
 
 Pair = tuple[Tensor, Tensor]
 GRADIENTS = 2  # the region after the two for keys
+
+
+class Keys(NamedTuple):
+    """Keys and values on an axis, [B, M, G, D] and [B, M, G, E], and what is seen of them."""
+
+    k: Tensor
+    v: Tensor
+    segments: Segments
 
 
 def arrivals(plan: Plan, rank: int) -> list[int]:
@@ -80,55 +90,81 @@ def region_sizes(plan: Plan, k: Tensor, v: Tensor, gradients: bool) -> tuple[int
     return nbytes, nbytes, home_bytes
 
 
-class Keys:
-    """Keys and values of one call in symmetric memory: [M, B, G, D] and [M, B, G, E], one behind the other."""
+class Map:
+    """Where everything of a call lies in symmetric memory: made once for each of the two regions for keys, and again
+    when memory moves. Own keys and the others' are [M, B, G, D] and [M, B, G, E], one behind the other."""
 
-    def __init__(self, call: Call, k: Tensor, v: Tensor, gradients: bool):
-        assert call.symmetric is not None
-        self.call = call
-        self.symmetric: Symmetric = call.symmetric
-        self.symmetric.reserve(region_sizes(call.plan, k, v, gradients))
-        self.turn = self.symmetric.meetings % 2
-        self.like = k, v
-        self.length = k.shape[1]
+    def __init__(self, call: Call, symmetric: Symmetric, k: Tensor, v: Tensor, gradients: bool):
+        plan, rank = call.plan, call.rank
+        self.generation = symmetric.generation
+        self.turn = symmetric.meetings % 2
+        self.call, self.symmetric, self.like = call, symmetric, (k, v)
+        own, length = axis_of(plan, rank), plan.layout.lengths[rank]
+        mine = self.keys(rank)
+        whole_k, whole_v = (whole.transpose(0, 1) for whole in mine)
+        self.packed = whole_k[:, :length], whole_v[:, :length]
+        self.pulls = [
+            Move(whole[piece.place], theirs[piece.start : piece.stop])
+            for piece in own.pieces[1:]
+            if piece.stop > piece.start
+            for whole, theirs in zip(mine, self.keys(piece.source), strict=True)
+        ]
+        self.all = Keys(whole_k, whole_v, own.segments)
+        self.others = Keys(whole_k[:, length:], whole_v[:, length:], remote_axis(plan, rank).segments)
+        if gradients:
+            self.parts = [Part(mine, *self.home(rank, sender)) for sender, mine, _ in homecomings(plan, rank)]
+            self.homes = [
+                (piece.place, self.home(piece.source, rank))
+                for piece in remote_axis(plan, rank).pieces
+                if piece.stop > piece.start
+            ]
+        del self.like
 
-    def of(self, rank: int) -> Pair:
+    def keys(self, rank: int) -> Pair:
         """A rank's axis."""
+        k, v = self.like
         length = axis_of(self.call.plan, rank).length
-        k, v = views(self.symmetric.region(rank, self.turn), self.like[0].dtype, *(shape(x, length) for x in self.like))
-        return k, v
+        memory = self.symmetric.region(rank, self.turn)
+        return views(memory, k.dtype, (length, k.shape[0], *k.shape[2:]), (length, v.shape[0], *v.shape[2:]))
 
-    def bring(self) -> Callable[[], None]:
+    def home(self, owner: int, sender: int) -> Pair:
+        """Where `sender` puts its gradients of the keys of `owner`, [B, M, G, D] and [B, M, G, E]."""
+        k, v = self.like
+        keys, base = next((keys, base) for who, keys, base in homecomings(self.call.plan, owner) if who == sender)
+        dtype, length = accumulate_dtype(k), keys.stop - keys.start
+        memory = self.symmetric.region(owner, GRADIENTS)[base * token_width(k, v) * dtype.itemsize :]
+        return views(memory, dtype, (k.shape[0], length, *k.shape[2:]), (v.shape[0], length, *v.shape[2:]))
+
+    def bring(self, k: Tensor, v: Tensor) -> Callable[[], None]:
         """Shows own keys to the others, and starts to bring theirs."""
-        mine = self.of(self.call.rank)
-        for whole, x in zip(mine, self.like, strict=True):
-            whole[: self.length].copy_(x.transpose(0, 1))
+        for place, x in zip(self.packed, (k, v), strict=True):
+            place.copy_(x)
         self.symmetric.meet()
-        pieces = axis_of(self.call.plan, self.call.rank).pieces[1:]
+        return self.symmetric.copy(self.pulls)
+
+    def send(self, dk: Tensor, dv: Tensor) -> Callable[[], None]:
+        """Starts to take gradients of the others' keys to their owners."""
         return self.symmetric.copy(
             [
-                Move(whole[piece.place], theirs[piece.start : piece.stop])
-                for piece in pieces
-                if piece.stop > piece.start
-                for whole, theirs in zip(mine, self.of(piece.source), strict=True)
-            ]
+                Move(there[batch], dx[batch, place])
+                for place, home in self.homes
+                for there, dx in zip(home, (dk, dv), strict=True)
+                for batch in range(dx.shape[0])
+            ],
+            notify=True,
         )
 
-    @property
-    def all(self) -> Pair:
-        """Own keys and the others', [B, M, G, D] and [B, M, G, E]."""
-        k, v = self.of(self.call.rank)
-        return k.transpose(0, 1), v.transpose(0, 1)
 
-    @property
-    def others(self) -> Pair:
-        """The others' only."""
-        k, v = self.of(self.call.rank)
-        return k[self.length :].transpose(0, 1), v[self.length :].transpose(0, 1)
-
-
-def shape(x: Tensor, length: int) -> tuple[int, ...]:
-    return length, x.shape[0], *x.shape[2:]
+def map_of(call: Call, k: Tensor, v: Tensor, gradients: bool) -> Map:
+    """The map for this turn."""
+    symmetric = call.symmetric
+    assert symmetric is not None
+    name = gradients, symmetric.meetings % 2
+    found = call.derived.get(name)
+    if found is None or found.generation != symmetric.generation:
+        symmetric.reserve(region_sizes(call.plan, k, v, gradients))
+        found = call.derived[name] = Map(call, symmetric, k, v, gradients)
+    return found
 
 
 def token_width(k: Tensor, v: Tensor) -> int:
@@ -136,67 +172,39 @@ def token_width(k: Tensor, v: Tensor) -> int:
     return k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
 
 
-def views(memory: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Tensors one behind the other in a region."""
-    flat, found, start = memory.view(dtype), [], 0
-    for size in map(torch.Size, shapes):
-        found.append(flat[start : start + size.numel()].view(size))
-        start += size.numel()
-    return tuple(found)
+def views(memory: Tensor, dtype: torch.dtype, first: tuple[int, ...], second: tuple[int, ...]) -> Pair:
+    """Two tensors one behind the other in a region."""
+    flat, cut = memory.view(dtype), torch.Size(first).numel()
+    return flat[:cut].view(first), flat[cut : cut + torch.Size(second).numel()].view(second)
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
     """Attention of this rank's queries over the whole sequence; see `ring.forward`."""
-    plan, rank = call.plan, call.rank
-    keys = Keys(call, k, v, gradients=False)
-    arrived = keys.bring()
-    segments = remote_axis(plan, rank).segments
+    attend, scale = call.kernel.forward, call.scale
+    there = map_of(call, k, v, gradients=False)
+    arrived = there.bring(k, v)
     if not call.schedule.own_first:
         arrived()
-        segments = axis_of(plan, rank).segments
-        return call.kernel.forward(q, *keys.all, segments, scale=call.scale, out_dtype=q.dtype)
-    out_dtype = None if segments else q.dtype
-    running = call.kernel.forward(q, k, v, plan.segments(rank, rank), scale=call.scale, out_dtype=out_dtype)
+        return attend(q, *there.all, scale=scale, out_dtype=q.dtype)
+    own = call.plan.segments(call.rank, call.rank)
+    running = attend(q, k, v, own, scale=scale, out_dtype=None if there.others.segments else q.dtype)
     arrived()
-    if not segments:
+    if not there.others.segments:
         return running
-    return call.kernel.forward(q, *keys.others, segments, scale=call.scale, running=running, out_dtype=q.dtype)
+    return attend(q, *there.others, scale=scale, running=running, out_dtype=q.dtype)
 
 
 def backward(
     call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's queries, keys and values; see `ring.backward`."""
-    plan, rank = call.plan, call.rank
-    keys = Keys(call, k, v, gradients=True)
+    there = map_of(call, k, v, gradients=True)
     work = Backward(call, dout, q, k, v, out, lse, delta)
-    arrived = keys.bring()
+    arrived = there.bring(k, v)
     work.own_keys(work.first)
     arrived()
-    axis = remote_axis(plan, rank)
-    grads = work.differentiate(*keys.others, axis.segments)
-    sent = keys.symmetric.copy(
-        [
-            Move(there[batch], dx[batch, piece.place])
-            for piece in axis.pieces
-            if piece.stop > piece.start
-            for there, dx in zip(home(keys, piece.source, rank), grads, strict=True)
-            for batch in range(k.shape[0])
-        ],
-        notify=True,
-    )
+    sent = there.send(*work.differentiate(*there.others))
     work.own_keys(work.last)
     sent()
-    keys.symmetric.collect()
-    senders = homecomings(plan, rank)
-    return work.settle([Part(mine, *home(keys, rank, sender)) for sender, mine, _ in senders])
-
-
-def home(keys: Keys, owner: int, sender: int) -> Pair:
-    """Where `sender` puts its gradients of the keys of `owner`, [B, M, G, D] and [B, M, G, E]."""
-    k, v = keys.like
-    mine, base = next((mine, base) for who, mine, base in homecomings(keys.call.plan, owner) if who == sender)
-    dtype = accumulate_dtype(k)
-    memory = keys.symmetric.region(owner, GRADIENTS)[base * token_width(k, v) * dtype.itemsize :]
-    dk, dv = views(memory, dtype, *((x.shape[0], mine.stop - mine.start, *x.shape[2:]) for x in keys.like))
-    return dk, dv
+    there.symmetric.collect()
+    return work.settle(there.parts)

@@ -66,6 +66,7 @@ class Symmetric(Protocol):
 
     rank: int
     meetings: int  # so far; equal on all ranks between calls
+    generation: int  # how often regions have moved
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Makes every region at least as long as told, in bytes. Collective; contents are lost when any grows."""

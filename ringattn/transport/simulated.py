@@ -77,7 +77,7 @@ class SimulatedTransport:
         self.last_arrival = 0.0
         self.inbox: dict[int, deque[Tensor]] = {}
         self.wanted: dict[int, deque[tuple[Tensor, Callable[[], None]]]] = {}
-        self.meetings = 0
+        self.meetings = self.generation = 0
         self.present: Counter[int] = Counter()  # rank -> meetings that it is known to have come to
         self.notified = 0
         self.notices: Counter[int] = Counter()
@@ -161,6 +161,7 @@ class SimulatedTransport:
         have = [x.numel() for x in self.regions] + [0] * (len(sizes) - len(self.regions))
         if not self.regions or any(size > held for size, held in zip(sizes, have, strict=True)):
             self.meet()
+            self.generation += 1
             self.regions = [
                 torch.zeros(max(size, held), dtype=torch.uint8) for size, held in zip(sizes, have, strict=True)
             ]
