@@ -7,7 +7,9 @@ priority, and on few channels, since each takes a multiprocessor away from atten
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +24,21 @@ from ringattn.transport.watch import Watch
 __all__ = ["P2PTransport"]
 
 CHANNELS = 16  # of NCCL
+
+
+@contextmanager
+def watchdog_off() -> Iterator[None]:
+    """A communicator made meanwhile does not end the process when a peer dies; `Watch` raises instead."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class P2PTransport:
@@ -44,9 +61,9 @@ class P2PTransport:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options.config.max_ctas = CHANNELS
         options.global_ranks_in_group = dist.get_process_group_ranks(self.group)
-        options._timeout = 4 * self.deadline  # its own watchdog ends the process; ours comes first
         store = PrefixStore(f"ringattn/{self.group.group_name}/nccl", _get_default_store())
-        self.nccl = dist.ProcessGroupNCCL(store, self.rank, self.group.size(), options)
+        with watchdog_off():
+            self.nccl = dist.ProcessGroupNCCL(store, self.rank, self.group.size(), options)
         atexit.register(self.nccl.abort)
         self.watch = Watch(self.rank, self.deadline.total_seconds(), self.nccl.abort)
         self.nccl.allreduce([torch.zeros(1, device=device)]).wait()
@@ -64,24 +81,28 @@ class P2PTransport:
             for message in receives:
                 self.nccl.recv([message.tensor], message.peer, 0)
             return self.waiting([self.nccl._end_coalescing()], what)
-        ops = [
-            dist.P2POp(operation, message.tensor, group=self.group, group_peer=message.peer)
-            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
-            for message in messages
-        ]
-        return self.waiting(dist.batch_isend_irecv(ops), what)
+        with self.blaming(what):
+            ops = [
+                dist.P2POp(operation, message.tensor, group=self.group, group_peer=message.peer)
+                for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+                for message in messages
+            ]
+            return self.waiting(dist.batch_isend_irecv(ops), what)
 
     def all_gather(self, moves: Sequence[Move]) -> Callable[[], None]:
         """See `Transport.all_gather`."""
         pairs = [(whole.view(-1), part.view(-1)) for whole, part in moves if whole.numel()]
+        what = "all ranks to gather"
         if self.nccl is not None:
-            works = [self.nccl._allgather_base(whole, part, self.gathering) for whole, part in pairs]
-        else:
-            works = [dist.all_gather_into_tensor(whole, part, group=self.group, async_op=True) for whole, part in pairs]
-        return self.waiting(works, "all ranks to gather")
+            return self.waiting([self.nccl._allgather_base(whole, part, self.gathering) for whole, part in pairs], what)
+        with self.blaming(what):
+            gather = dist.all_gather_into_tensor
+            return self.waiting([gather(whole, part, self.group, async_op=True) for whole, part in pairs], what)
 
     def waiting(self, works: Sequence[dist.Work | None], what: str) -> Callable[[], None]:
         """The call that waits: NCCL orders the stream and returns at once, gloo blocks."""
+        if self.watch is not None:
+            self.watch.check()
 
         def wait() -> None:
             for work in works:
@@ -89,17 +110,18 @@ class P2PTransport:
                 if self.watch is not None:
                     work.wait()
                 else:
-                    self.block(work, what)
+                    with self.blaming(what):
+                        work.wait(self.deadline)
             if self.watch is not None:
                 self.watch.follow(what)
 
-        if self.watch is not None:
-            self.watch.check()
         return wait
 
-    def block(self, work: dist.Work, what: str) -> None:
+    @contextmanager
+    def blaming(self, what: str) -> Iterator[None]:
+        """Says for whom gloo waited."""
         try:
-            work.wait(self.deadline)
+            yield
         except RuntimeError as error:
             raise TransportError(
                 f"rank {self.rank} was not done with {what} after at most {self.deadline.total_seconds():g} s: "
