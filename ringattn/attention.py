@@ -2,7 +2,8 @@
 
 The forward and the backward of the whole ring are one `torch.library` operator each, with fakes and autograd, so
 `torch.compile(fullgraph=True)` does not look inside and a checkpoint policy can keep (out, lse) and never run the
-ring again. Tensors: q [B, L, H, D], k [B, L, G, D], v [B, L, G, E] with L this rank's tokens.
+ring again. Where nobody looks, the same functions run without the operators around them.
+Tensors: q [B, L, H, D], k [B, L, G, D], v [B, L, G, E] with L this rank's tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.agreement import agree
@@ -128,12 +131,17 @@ def agree_on(ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, settings: Settings) 
         )
 
 
-@torch.library.custom_op(
-    "ringattn::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)"
-)
-def attention_forward(q, k, v, *settings):
+def run_forward(q, k, v, *settings):
     executor, call = prepare(q, k, v, Settings(*settings))
     return executor.forward(call, q, k, v)
+
+
+attention_forward = torch.library.custom_op(
+    "ringattn::forward",
+    run_forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
+)
 
 
 @attention_forward.register_fake
@@ -142,13 +150,7 @@ def _(q, k, v, *settings):
     return q.new_empty(batch, rows, heads, v.shape[3]), q.new_empty((batch, heads, rows), dtype=accumulate_dtype(q))
 
 
-@torch.library.custom_op(
-    "ringattn::backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{SCHEMA}) -> (Tensor, Tensor, Tensor)",
-)
-def attention_backward(dout, dlse, q, k, v, out, lse, *settings):
+def run_backward(dout, dlse, q, k, v, out, lse, *settings):
     executor, call = prepare(q, k, v, Settings(*settings))
     delta = call.kernel.row_delta(dout, out)
     if dlse is not None:
@@ -159,6 +161,15 @@ def attention_backward(dout, dlse, q, k, v, out, lse, *settings):
         delta -= dlse
     grads = executor.backward(call, dout, q, k, v, out, lse, delta)
     return tuple(grad.to(q.dtype).contiguous() for grad in grads)
+
+
+attention_backward = torch.library.custom_op(
+    "ringattn::backward",
+    run_backward,
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @attention_backward.register_fake
@@ -175,10 +186,29 @@ def save_for_backward(ctx, inputs, output) -> None:
 def differentiate(ctx, dout, dlse):
     q, k, v, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    return *attention_backward(dout, dlse, q, k, v, out, lse, *ctx.settings), *(None for _ in ctx.settings)
+    run = attention_backward if watched(q, k, v) else run_backward
+    return *run(dout, dlse, q, k, v, out, lse, *ctx.settings), *(None for _ in ctx.settings)
 
 
 attention_forward.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+class Attention(torch.autograd.Function):
+    """The operators without torch's dispatch to Python, which costs more than the launches of a short sequence."""
+
+    forward = staticmethod(run_forward)
+    setup_context = staticmethod(save_for_backward)
+    backward = staticmethod(once_differentiable(differentiate))  # pyright: ignore[reportAssignmentType]
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether somebody must see operators: a compiler, a checkpoint policy, a transform, a tensor of another kind."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
 
 
 def ring_attention(
@@ -229,5 +259,6 @@ def ring_attention(
         raise ValueError(f"got executor={executor!r}; choose one of {', '.join(('auto', *EXECUTORS))}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     settings = Settings(group_name(group), layout, seq_len, causal, scale, kernel, executor)
-    out, lse = attention_forward(q, k, v, *settings)
+    attend = attention_forward if watched(q, k, v) else Attention.apply
+    out, lse = attend(q, k, v, *settings)
     return (out, lse) if return_lse else out
