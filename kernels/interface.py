@@ -34,13 +34,13 @@ class Arrival(NamedTuple):
     """Keys that are still coming while the kernel runs: it looks at key m of head g only once
     `flags[m // slot, g] >= epoch`. Only a kernel that says so in `waits` takes this.
 
-    flags [sources, G] int32; error int32 [1], which the kernel sets when it has waited for `patience` nanoseconds.
+    flags [sources, G] int32; error int32 [1], which the kernel sets when it has waited so long.
     """
 
     flags: Tensor
     epoch: int
     slot: int
-    patience: int
+    patience_ns: int
     error: Tensor
 
 

@@ -77,9 +77,10 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Execut
 
 def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: str, executor: str) -> Choice:
     """`choose_executor` for such tensors; equal on ranks that have agreed."""
+    local = choose_kernel(kernel, q, k, v).kernel
     load = Workload(
         plan=plan,
-        kernel=choose_kernel(kernel, q, k, v).kernel.name,
+        kernel=local.name,
         batch=q.shape[0],
         q_heads=q.shape[2],
         kv_heads=k.shape[2],
@@ -87,6 +88,7 @@ def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: st
         v_head_dim=v.shape[3],
         itemsize=q.dtype.itemsize,
         same_node=ranks.same_node,
+        waits=getattr(local, "waits", False),
         memory=ranks.memory,
     )
     return choose_executor(executor, load)

@@ -1,6 +1,10 @@
 """pull: copy engines bring keys and values from the other ranks' memory, and take gradients there; no SM is spent.
 
-    forward     compute  | pack | meet | own keys          | others' keys, merged in the epilogue |
+    forward     compute  | pack | meet | all keys, each when its flag is up                    |  if the kernel can wait,
+                engines                | head >> head >> heads >>>> heads >>>>>>>> |
+                compute  | pack | meet | own keys          | others' keys, merged in the epilogue |  else this,
+                engines                | keys come >>>>>>> |
+                compute  | pack | meet |                   | all keys |                              or, if short, this
                 engines                | keys come >>>>>>> |
 
     backward    compute  | pack | meet | own, later half | others' keys | own, earlier half | collect | sum |
@@ -9,7 +13,7 @@
 Of every shard only the keys that this rank's queries look at are brought, end to end on one axis (`axis.spans`). Ranks
 wait for each other in `meet` and `collect` only, on the GPU and with a deadline. Two regions of memory are used in
 turn, so that no rank waits until its keys have been read (`transport.interface.Symmetric`); a third one receives
-gradients. On a short sequence everything is one launch behind the copies, with own keys in front of the others'.
+gradients. A launch that waits never waits for another rank, only for this rank's copy engines.
 """
 
 from __future__ import annotations
@@ -241,6 +245,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
         waiting: Any = attend  # only a kernel that can is told to
         out, lse = waiting(q, *there.all, scale=scale, out_dtype=q.dtype, arrival=arrival)
         arrived()
+        symmetric.confirm()
         return out, lse
     if not call.schedule.own_first:
         arrived()

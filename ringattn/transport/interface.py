@@ -78,7 +78,7 @@ class Symmetric(Protocol):
     meetings: int  # so far; equal on all ranks between calls
     generation: int  # how often regions have moved
     patience: int  # nanoseconds that a kernel may wait for a word
-    late: Tensor  # int32 [1], which a kernel sets that has waited so long; later calls raise
+    late: Tensor  # int32 [1] on the device, zero until a kernel sets it that has waited so long
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Makes every region at least as long as told, in bytes. Collective; contents are lost when any grows."""
@@ -100,6 +100,10 @@ class Symmetric(Protocol):
     def copy(self, moves: Sequence[Move | Mark], *, notify: bool = False) -> Callable[[], None]:
         """Starts copies, after the compute so far; the call returned makes the compute wait for them. With `notify`
         their owners can `collect` them."""
+        ...
+
+    def confirm(self) -> None:
+        """Later calls raise if by now, in the order of the compute, a kernel has set `late`."""
         ...
 
     def collect(self) -> None:

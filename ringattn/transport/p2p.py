@@ -23,7 +23,7 @@ from ringattn.transport.watch import Watch
 
 __all__ = ["P2PTransport"]
 
-CHANNELS = 16  # of NCCL
+CHANNELS = int(os.environ.get("RINGATTN_CHANNELS", "16"))  # of NCCL
 
 
 @contextmanager

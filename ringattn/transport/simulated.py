@@ -234,6 +234,10 @@ class SimulatedTransport:
         owners = (end.rank for end in self.ends if any(x.untyped_storage().data_ptr() == storage for x in end.regions))
         return next(owners, self.rank)
 
+    def confirm(self) -> None:
+        """See `Symmetric.confirm`."""
+        assert not self.late, "kernels on simulated ranks wait in virtual time"
+
     def collect(self) -> None:
         """See `Symmetric.collect`."""
         self.hear("finish their copies", self.notices, self.notified)

@@ -112,8 +112,9 @@ class SymmetricMemory:
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
-        self.late = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self.is_late = self.late.numpy()
+        self.late = torch.zeros(1, dtype=torch.int32, device=device)
+        self.was_late = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.is_late = self.was_late.numpy()
         self.counts = self.map(2 * self.size * 4)
         self.my_counts = self.counts.mine.view(torch.int32).view(2, self.size)
         self.their_counts = [counts.data_ptr() for counts in self.counts.of_rank]
@@ -206,6 +207,10 @@ class SymmetricMemory:
             self.tell(NOTIFIED, self.notified, stream)
         done = self.engines.record_event()
         return lambda: torch.cuda.current_stream(self.device).wait_event(done)
+
+    def confirm(self) -> None:
+        """See `Symmetric.confirm`."""
+        self.engine.copy(self.was_late, self.late, torch.cuda.current_stream(self.device).cuda_stream)
 
     def collect(self) -> None:
         """See `Symmetric.collect`."""
