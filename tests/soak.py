@@ -16,7 +16,7 @@ from ringattn.transport.interface import TransportError
 SHAPES = [(1, 512, 8, 2, 64, True), (2, 131, 4, 4, 64, True), (1, 7, 4, 1, 64, False), (1, 2048, 8, 2, 64, True)]
 
 
-def soak(rank: int, device: str, executor: str, steps: int, delay: float = 2e-3) -> int:
+def soak(rank: int, device: str, executor: str, steps: int, delay: float = 2e-3, check: bool = True) -> int:
     """Steps done. Ranks draw the same shapes, and each its own delays, on the host and on the GPU."""
     shared, own = random.Random(0), random.Random(rank + 1)
     cp = ringattn.ContextParallel(executor=executor)
@@ -41,10 +41,11 @@ def soak(rank: int, device: str, executor: str, steps: int, delay: float = 2e-3)
         out = cp.attention(*leaves, causal=causal, seq_len=seq_len)
         result = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
         if shape not in first:
-            assert all(x.isfinite().all() for x in result)
+            assert not check or all(x.isfinite().all() for x in result)
             first[shape] = result
-        same = [torch.equal(a, b) for a, b in zip(result, first[shape], strict=True)] if step % 7 == 0 else [True]
-        assert all(same), f"step {step}, {shape}: {same}"
+        if check:
+            same = [torch.equal(a, b) for a, b in zip(result, first[shape], strict=True)]
+            assert all(same), f"step {step}, {shape}: {same}"
     return steps
 
 
@@ -58,7 +59,7 @@ def die_in_the_middle(rank: int, device: str, executor: str, deadline: float) ->
     start = time.monotonic()
     try:
         while time.monotonic() - start < 4 * deadline:
-            soak(rank, device, executor, 20)
+            soak(rank, device, executor, 20, check=False)  # wrong numbers may come before the error
             if device == "cuda":
                 torch.cuda.synchronize()
     except (TransportError, ringattn.RankDisagreement) as error:
