@@ -21,6 +21,7 @@ def soak(rank: int, device: str, executor: str, steps: int, delay: float = 2e-3,
     shared, own = random.Random(0), random.Random(rank + 1)
     cp = ringattn.ContextParallel(executor=executor)
     inputs, first = {}, {}
+    wrong = torch.zeros(4, dtype=torch.int64, device=device)
     for step in range(steps):
         shape = shared.choice(SHAPES)
         batch, seq_len, q_heads, kv_heads, head_dim, causal = shape
@@ -43,9 +44,11 @@ def soak(rank: int, device: str, executor: str, steps: int, delay: float = 2e-3,
         if shape not in first:
             assert not check or all(x.isfinite().all() for x in result)
             first[shape] = result
-        if check:
-            same = [torch.equal(a, b) for a, b in zip(result, first[shape], strict=True)]
-            assert all(same), f"step {step}, {shape}: {same}"
+        for number, (a, b) in enumerate(zip(result, first[shape], strict=True)):
+            wrong[number] += (a != b).sum()  # looked at now and then, so that the host runs ahead
+        if check and step % 100 == 99:
+            assert not wrong.any(), f"up to step {step}, numbers of out, dq, dk and dv that differ: {wrong.tolist()}"
+    assert not (check and wrong.any()), wrong.tolist()
     return steps
 
 
