@@ -20,14 +20,14 @@ and gradients likewise, because with the *global* lse and delta each piece's dq,
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Kernel", "accumulate_dtype", "nothing_seen", "row_delta"]
+__all__ = ["Capped", "Kernel", "accumulate_dtype", "nothing_seen", "row_delta"]
 
 
 class Kernel(Protocol):
@@ -35,6 +35,7 @@ class Kernel(Protocol):
 
     name: str
     reads_delta: bool  # False: derives it from out and dout, so a gradient of lse cannot reach it
+    caps_scores: bool  # whether forward and backward also take `softcap`: see `Capped`
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot run on such inputs, or None if it can."""
@@ -96,6 +97,25 @@ class Kernel(Protocol):
             dq, dk, dv: running sums to add to, in place. One that is None starts from zero.
         """
         ...
+
+
+class Capped:
+    """A kernel whose scores are capped, softcap * tanh(scale q k / softcap), for callers that need not know."""
+
+    caps_scores = True
+
+    def __init__(self, kernel: Kernel, softcap: float):
+        if not kernel.caps_scores:
+            raise NotImplementedError(f"kernel={kernel.name!r} does not cap scores; use kernel='auto'")
+        self.kernel, self.softcap = kernel, softcap
+        self.name, self.reads_delta = kernel.name, kernel.reads_delta
+        self.refuses, self.row_delta = kernel.refuses, kernel.row_delta
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return self.kernel.forward(*arguments, **options, softcap=self.softcap)
+
+    def backward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self.kernel.backward(*arguments, **options, softcap=self.softcap)
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:

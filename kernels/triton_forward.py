@@ -7,6 +7,8 @@ maximum m and sum l of the exponentials (base 2, the scale folded into the expon
 
     out = acc / l            lse = ln 2 (m + log2 l)
 
+With a cap on scores, S = tanh(scale Q K^T / cap) and cap is the scale.
+
 Rows are split between warps and keys are not, so warps never exchange partial results (arXiv:2307.08691, section
 3.3). A running pair (out, lse) to merge with is where a row starts: acc = out, m = lse / ln 2, l = 1; all in fp32.
 
@@ -19,7 +21,7 @@ batch, length and heads, or None where x is a tensor descriptor.
 import triton
 import triton.language as tl
 
-from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, head_of, last_key_seen, load_block, locate, run_at, scores
 
 __all__ = ["forward_kernel"]
 
@@ -30,11 +32,11 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum over nothing; -inf 
 
 @triton.jit(do_not_specialize=["ROWS"])
 def forward_kernel(
-    q, k, v, out, lse, before, tiles, runs, scale, ROWS,
+    q, k, v, out, lse, before, tiles, runs, scale, cap, ROWS,
     q_strides, k_strides, v_strides, out_strides, lse_strides, before_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    MERGE: tl.constexpr, WINDOW: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of every tile in `tiles`; with MERGE, `before` and `lse` hold what was seen before."""
     i_tile, i_b, i_h = locate(HEADS)
@@ -44,7 +46,7 @@ def forward_kernel(
     q = head_of(q, q_strides, i_b, i_h)
     k = head_of(k, k_strides, i_b, i_g)
     v = head_of(v, v_strides, i_b, i_g)
-    scale_log2 = scale * LOG2E
+    scale_log2 = (cap if CAPPED else scale) * LOG2E
 
     o_key = tl.arange(0, BLOCK_KEYS)
     b_q = load_block(q, q_strides, i_b, i_h, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
@@ -73,24 +75,24 @@ def forward_kernel(
                 tl.assume(length > 0)
                 last = start + length - BLOCK_KEYS
                 b_k = load_block(k, k_strides, i_b, i_g, start, None, D, BLOCK_KEYS, BLOCK_D)
-                b_s = dot_rows(b_q, b_k, PRECISION)
+                b_s = scores(b_q, b_k, scale, cap, CAPPED, PRECISION)
                 b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                 key = tl.minimum(start + BLOCK_KEYS, last)
                 b_k = load_block(k, k_strides, i_b, i_g, key, None, D, BLOCK_KEYS, BLOCK_D)
-                b_s = dot_rows(b_q, b_k, PRECISION)
+                b_s = scores(b_q, b_k, scale, cap, CAPPED, PRECISION)
                 for j in range(0, length, BLOCK_KEYS):
                     b_v = load_block(v, v_strides, i_b, i_g, start + j, None, E, BLOCK_KEYS, BLOCK_E)
                     b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
                     b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
                     key = tl.minimum(start + j + 2 * BLOCK_KEYS, last)
                     b_k = load_block(k, k_strides, i_b, i_g, key, None, D, BLOCK_KEYS, BLOCK_D)
-                    b_s = dot_rows(b_q, b_k, PRECISION)
+                    b_s = scores(b_q, b_k, scale, cap, CAPPED, PRECISION)
             else:
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
                 for j in range(0, length, BLOCK_KEYS):
                     valid = length - j if MASKED else None
                     b_k = load_block(k, k_strides, i_b, i_g, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
-                    b_s = dot_rows(b_q, b_k, PRECISION)
+                    b_s = scores(b_q, b_k, scale, cap, CAPPED, PRECISION)
                     if MASKED:
                         b_s = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_s, -float("inf"))
                         if WINDOW:

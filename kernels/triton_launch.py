@@ -36,6 +36,7 @@ def forward(
     scale: float,
     running: tuple[Tensor, Tensor] | None,
     out_dtype: torch.dtype,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`Kernel.forward`."""
     q, k, v = addressable(q), addressable(k), addressable(v)
@@ -55,11 +56,12 @@ def forward(
         forward_kernel,
         q.device,
         grid(work.busy if running and out is before else len(work.tiles), batch * groups, heads // groups, k, v),
-        (q, k_block, v_block, out, lse, before, work.tiles, work.runs, positive(scale), rows),
+        (q, k_block, v_block, out, lse, before, work.tiles, work.runs, positive(scale), softcap, rows),
         (strides(q), k_strides, v_strides, strides(out), strides(lse), strides(before)),
         constants(tiling, heads, groups, d, e),
         MERGE=running is not None,
         WINDOW=work.windowed,
+        CAPPED=softcap > 0,
         AHEAD=tiling.ahead,
         PRECISION=precision(q.dtype),
     )
@@ -93,6 +95,7 @@ def key_gradients(
     scale: float,
     dk: Tensor | None,
     dv: Tensor | None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of `Kernel.backward`."""
     dout, q, k, v = addressable(dout), addressable(q), addressable(k), addressable(v)
@@ -109,11 +112,12 @@ def key_gradients(
         key_gradients_kernel,
         q.device,
         grid(work.busy if add else len(work.tiles), batch * groups, 1, q, dout),
-        (q_block, k, v, dout_block, lse, delta, dk, dv, work.tiles, work.runs, positive(scale), rows, keys),
+        (q_block, k, v, dout_block, lse, delta, dk, dv, work.tiles, work.runs, positive(scale), softcap, rows, keys),
         (q_strides, strides(k), strides(v), dout_strides, strides(dk), strides(dv)),
         constants(tiling, heads, groups, d, e),
         ADD=add,
         WINDOW=work.windowed,
+        CAPPED=softcap > 0,
         PRECISION=precision(q.dtype),
     )
     return dk, dv
@@ -129,6 +133,7 @@ def query_gradients(
     segments: Segments,
     scale: float,
     dq: Tensor | None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """dq of `Kernel.backward`."""
     dout, q, k, v = addressable(dout), addressable(q), addressable(k), addressable(v)
@@ -145,11 +150,12 @@ def query_gradients(
         query_gradients_kernel,
         q.device,
         grid(work.busy if add else len(work.tiles), batch * groups, heads // groups, k, v),
-        (q, k_block, v_block, dout, lse, delta, dq, work.tiles, work.runs, positive(scale), rows),
+        (q, k_block, v_block, dout, lse, delta, dq, work.tiles, work.runs, positive(scale), softcap, rows),
         (strides(q), k_strides, v_strides, strides(dout), strides(dq)),
         constants(tiling, heads, groups, d, e),
         ADD=add,
         WINDOW=work.windowed,
+        CAPPED=softcap > 0,
         PRECISION=precision(q.dtype),
     )
     return dq
