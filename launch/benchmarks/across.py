@@ -85,7 +85,7 @@ def ours_across() -> list[Across]:
 
 def gathered_segments(plan: Plan, rank: int) -> Segments:
     """What a rank sees of all keys, laid end to end in rank order."""
-    return plan.mask.segments(plan.layout.runs[rank], [run for runs in plan.layout.runs for run in runs])
+    return plan.gathered_segments(rank)
 
 
 class Share(Ours):

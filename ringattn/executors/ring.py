@@ -71,11 +71,12 @@ class Neighbours:
         return self.call.transport.exchange(sends, receives)
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None) -> Pair:
     """Attention of this rank's queries over the whole sequence.
 
     Args:
         q (Tensor): [B, L, H, D] this rank's queries; k [B, L, G, D], v [B, L, G, E] its keys and values.
+        running: (out, lse) that rows start from, in the accumulate dtype; may be written to.
 
     Returns:
         out [B, L, H, E] in the dtype of q, lse [B, H, L] in fp32 (fp64 for fp64 inputs).
@@ -83,7 +84,6 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
     plan, rank = call.plan, call.rank
     ring = Neighbours(call, k, v)
     seeing = [step for step in range(plan.ranks) if plan.segments(rank, ring.source(step))]
-    running: Pair | None = None
     shard: Pair | None = (k.contiguous(), v.contiguous())
     for step in range(plan.ranks):
         sends, receives, arriving = ring.pass_shard(step, shard)
@@ -100,10 +100,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
             )
         wait()
         shard = arriving
-    if running is None:
-        out, lse = nothing_seen(q, v)
-        return out.to(q.dtype), lse
-    return running
+    out, lse = running or nothing_seen(q, v)
+    return out.to(q.dtype), lse
 
 
 def add(total: Pair | None, part: Pair) -> Pair:
