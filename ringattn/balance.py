@@ -27,16 +27,17 @@ __all__ = ["balanced_chunks"]
 
 ENOUGH = 0.02  # how much more than the mean the busiest rank may do
 SHORTEST = 128  # tokens of a chunk: a tile of queries
-MOST = 32  # chunks of a rank
+MOST = 32  # chunks of a rank, a power of two
 
 
 def balanced_chunks(seq_len: int, ranks: int, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     """Where each of P * k chunks begins, int64 [P k + 1], and which rank takes it, int64 [P k]."""
     found = []
+    finest = np.arange(ranks * MOST + 1) * seq_len // (ranks * MOST)
+    work_before = mask.pairs_before(finest, seq_len)
     per_rank = 1
     while True:
-        starts = np.arange(ranks * per_rank + 1) * seq_len // (ranks * per_rank)
-        work = np.diff(mask.pairs_before(starts, seq_len))
+        starts, work = finest[:: MOST // per_rank], np.diff(work_before[:: MOST // per_rank])
         in_order = np.arange(ranks * per_rank) // per_rank
         for owner in (in_order, deal(work, ranks)) if per_rank > 1 else (in_order,):
             owner = refine(owner, work, ranks)
@@ -68,11 +69,14 @@ def deal(work: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def refine(owner: np.ndarray, work: np.ndarray, ranks: int) -> np.ndarray:
-    """Swaps chunks of the busiest rank with other ranks' as long as the busier of the two then does less."""
+    """Swaps chunks of the busiest rank with other ranks' as long as the busier of the two then does less.
+
+    At most so often that a start which needs more has lost what it was chosen for.
+    """
     owner = owner.copy()
     loads = np.bincount(owner, work, ranks).astype(np.int64)
     mean = work.sum() / ranks
-    for _ in range(len(work)):
+    for _ in range(2 * ranks):
         busiest = int(loads.argmax())
         if loads[busiest] <= (1 + ENOUGH / 2) * mean:
             break
