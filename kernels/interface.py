@@ -107,7 +107,8 @@ class Capped:
     def __init__(self, kernel: Kernel, softcap: float):
         if not kernel.caps_scores:
             raise NotImplementedError(f"kernel={kernel.name!r} does not cap scores; use kernel='auto'")
-        self.kernel, self.softcap = kernel, softcap
+        self.kernel: Any = kernel  # its methods take one argument more
+        self.softcap = softcap
         self.name, self.reads_delta = kernel.name, kernel.reads_delta
         self.refuses, self.row_delta = kernel.refuses, kernel.row_delta
 

@@ -25,7 +25,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, softcap: float = 0.0) -> Choice:
+def choose_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0) -> Choice:
     """The kernel called `name`, or for "auto" the preferred one; it caps scores at `softcap`, unless that is 0. Depends
     on device, dtype, head dims and softcap only, never on lengths, so that every rank of a group chooses alike.
 

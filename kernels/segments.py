@@ -160,7 +160,8 @@ class Segments(Sequence[Segment]):
 
 
 def canonical_table(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`Segment.canonical` of every row of a table [N, 6], empty ones left out, and which rows are left."""
+    """`Segment.canonical` of every row of a table [N, 6], empty ones left out, and which rows are left. Columns are
+    contiguous, because work goes by columns."""
     q_start, q_len, k_start, k_len, offset, window = table.T
     blind = np.maximum(-offset, 0)
     q_start, q_len, offset = q_start + blind, q_len - blind, offset + blind
@@ -172,7 +173,7 @@ def canonical_table(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     excess = np.maximum(offset - (k_len - 1), 0)
     columns = (q_start, q_len, k_start, k_len, offset - excess, np.where(hides, window - excess, NO_WINDOW))
     left = ((q_len > 0) & (k_len > 0) & (window > 0)).nonzero()[0]
-    return np.stack(columns, 1)[left], left
+    return np.stack(columns)[:, left].T, left
 
 
 def count_pairs(table: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from ringattn.layout import LAYOUTS
 from . import entry
 from .gang import Place
 from .oracle import Case, Result, allowed_error, attend_across_ranks, attend_on_one_rank, error, exact, make_inputs
+from .packing import mask_options
 from .records import append_records, circumstances
 from .report import markdown
 from .settings import Parallel, require, require_one_of
@@ -35,7 +36,7 @@ from .settings import Parallel, require, require_one_of
 __all__ = ["Check", "check"]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MASKS = {"causal": True, "none": False}
+MASKS = ("causal", "none", "window-100", "packed-100")
 SHAPE = ("batch", "seq_len", "q_heads", "kv_heads", "head_dim")
 COLUMNS = ["layout", "mask", "dtype", "kernel", "part", "error", "allowed", "result"]
 
@@ -50,7 +51,7 @@ class Check:
     kv_heads: int = 2
     head_dim: int = 64
     layouts: list[str] = field(default_factory=lambda: list(LAYOUTS))
-    masks: list[str] = field(default_factory=lambda: list(MASKS))
+    masks: list[str] = field(default_factory=lambda: list(MASKS))  # see packing.mask_options
     dtypes: list[str] = field(default_factory=list)  # empty: fp32 and bf16 on CPUs, bf16 and fp16 on GPUs
     seed: int = 0
     record: str | None = None  # a file of JSON lines to add the results to
@@ -60,9 +61,11 @@ class Check:
         for key in ("batch", "q_heads", "kv_heads", "head_dim"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         require(self.q_heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of q_heads={self.q_heads}")
-        for key, names in (("layouts", LAYOUTS), ("masks", MASKS), ("dtypes", DTYPES)):
+        for key, names in (("layouts", LAYOUTS), ("dtypes", DTYPES)):
             for name in getattr(self, key):
                 require_one_of(key, name, list(names))
+        for name in self.masks:
+            mask_options(name, self.seq_len)
 
 
 def resolve(config: DictConfig) -> Check:
@@ -81,7 +84,7 @@ def check(config: DictConfig, folder: Path, place: Place) -> dict[str, Any]:
         how = chosen.parallel
         cp = ringattn.ContextParallel(None, layout=layout, kernel=how.kernel, executor=how.executor)
         shape = {key: getattr(chosen, key) for key in SHAPE}
-        case = Case(**shape, causal=MASKS[mask], dtype=DTYPES[dtype])
+        case = Case(**shape, dtype=DTYPES[dtype]).masked(mask)
         inputs = make_inputs(case, chosen.seed, place.device)
         got = attend_across_ranks(cp, case, inputs)
         if place.rank == 0:

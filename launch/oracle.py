@@ -6,7 +6,7 @@ comes from the data, not from taste.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from ringattn.kernels.interface import Kernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
+
+from .packing import mask_options
 
 __all__ = [
     "Case",
@@ -41,6 +43,22 @@ class Case(NamedTuple):
     head_dim: int = 16
     causal: bool = True
     dtype: torch.dtype = torch.float64
+    hides: str = ""  # what the mask hides besides what lies ahead: window-N, packed-N, packed-lognormal
+
+    @property
+    def mask(self) -> str:
+        """The mask by its name, see `packing.mask_options`."""
+        return self.hides or ("causal" if self.causal else "none")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The mask as `ring_attention` is told of it."""
+        return mask_options(self.mask, self.seq_len)
+
+    def masked(self, name: str) -> Case:
+        """The same case with another mask."""
+        plain = name in ("causal", "none")
+        return self._replace(causal=name != "none", hides="" if plain else name)
 
 
 class Inputs(NamedTuple):
@@ -79,16 +97,18 @@ def attend(kernel: Kernel, inputs: Inputs, segments: Segments, scale: float) -> 
 
 def attend_on_one_rank(kernel: Kernel, case: Case, inputs: Inputs) -> Result:
     """The whole sequence through one kernel."""
-    segments = make_plan("contiguous", case.seq_len, 1, causal=case.causal).segments(0, 0)
+    segments = make_plan("contiguous", case.seq_len, 1, **case.options).segments(0, 0)
     return attend(kernel, inputs, segments, case.head_dim**-0.5)
 
 
 def attend_across_ranks(cp: ContextParallel, case: Case, inputs: Inputs) -> Result:
     """Shard, attend, differentiate, unshard: what a user does. Collective."""
-    q, k, v = (cp.shard(x).requires_grad_() for x in inputs[:3])
-    out = cp.attention(q, k, v, causal=case.causal, seq_len=case.seq_len)
-    grads = torch.autograd.grad(out, (q, k, v), cp.shard(inputs.dout))
-    return Result(*(cp.unshard(x.detach(), seq_len=case.seq_len) for x in (out, *grads)))
+    cu_seqlens = case.options.get("cu_seqlens")
+    q, k, v = (cp.shard(x, cu_seqlens=cu_seqlens).requires_grad_() for x in inputs[:3])
+    out = cp.attention(q, k, v, seq_len=case.seq_len, **case.options)
+    grads = torch.autograd.grad(out, (q, k, v), cp.shard(inputs.dout, cu_seqlens=cu_seqlens))
+    parts = (x.detach() for x in (out, *grads))
+    return Result(*(cp.unshard(part, seq_len=case.seq_len, cu_seqlens=cu_seqlens) for part in parts))
 
 
 def exact(case: Case, inputs: Inputs) -> Result:

@@ -90,7 +90,7 @@ def prepare(
         if len(ranks.agreed) == KNOWN:
             ranks.agreed.clear()
         ranks.agreed.add(configuration)
-    kernel = choose_kernel(settings.kernel, q, k, v, settings.softcap).kernel
+    kernel = choose_kernel(settings.kernel, q, k, v, softcap=settings.softcap).kernel
     return Call(
         settings.plan(ranks.size, documents), ranks.rank, kernel, settings.scale, ranks.transport, ranks.buffers
     )
@@ -118,7 +118,7 @@ def agree_on(
             "tokens": q.shape[1],
             "causal": settings.causal,
             "window_size": f"({settings.window_left}, {settings.window_right})",
-            "cu_seqlens": str(documents),
+            "cu_seqlens": repr(documents),
             "balance": str(settings.balance),
             "batch": q.shape[0],
             "q_heads": q.shape[2],
@@ -130,7 +130,7 @@ def agree_on(
             "softmax_scale": settings.scale,
             "softcap": settings.softcap,
             "sinks": "none" if sinks is None else str(sinks.dtype),
-            "kernel": choose_kernel(settings.kernel, q, k, v, settings.softcap).kernel.name,
+            "kernel": choose_kernel(settings.kernel, q, k, v, softcap=settings.softcap).kernel.name,
             "executor": settings.executor,
         }
     except (ValueError, TypeError, NotImplementedError) as error:

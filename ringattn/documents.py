@@ -84,7 +84,10 @@ class Documents:
         return self is other or (isinstance(other, Documents) and self.digest == other.digest)
 
     def __repr__(self) -> str:
-        return f"{self.count} documents of {self.end} tokens in all, {self.digest}"
+        return f"{self} of {self.end} tokens in all, {self.digest}"
+
+    def __str__(self) -> str:
+        return f"{self.count} document" + "s" * (self.count != 1)
 
 
 CuSeqlens = Sequence[int] | np.ndarray | Tensor | Documents

@@ -52,7 +52,7 @@ class Mask:
         elif not self.causal and self.window != (-1, -1):
             parts.append(f"window {self.window}")
         if self.documents is not None:
-            parts.append(f"{self.documents.count} documents")
+            parts.append(str(self.documents))
         return ", ".join(parts) or "none"
 
     def within(self, documents: Documents | None) -> Mask:

@@ -51,7 +51,7 @@ def visible_segments(layout: Layout, mask: Mask) -> tuple[np.ndarray, np.ndarray
     q_len, k_len = pieces.length[query], pieces.length[key]
     offset = (apart + mask.right) // step if mask.right < FAR else k_len
     window = offset + (mask.left - apart) // step + 1 if mask.left < FAR else np.full(len(query), NO_WINDOW)
-    table = np.stack((pieces.local[query], q_len, pieces.local[key], k_len, offset, window), 1)
+    table = np.stack((pieces.local[query], q_len, pieces.local[key], k_len, offset, window)).T
     table, seen = canonical_table(table)
     return pieces.rank[query[seen]], pieces.rank[key[seen]], table
 

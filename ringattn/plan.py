@@ -37,7 +37,7 @@ class Plan:
         rank, source, table = visible_segments(self.layout, self.mask)
         which = rank * self.ranks + source
         order = np.argsort(which, kind="stable")
-        return table[order], np.searchsorted(which[order], np.arange(self.ranks**2 + 1))
+        return table.T[:, order].T, np.searchsorted(which[order], np.arange(self.ranks**2 + 1))
 
     @cached_property
     def _lists(self) -> dict[tuple[int, int], Segments]:

@@ -1,5 +1,7 @@
 """Documents: every way to name them, and every way to get it wrong."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -90,5 +92,6 @@ def test_no_label_crosses_a_border():
 def test_position_ids_and_the_like_are_refused_with_advice():
     x = torch.zeros(1, 4, 1, 8)
     for name, advice in (("position_ids", "cu_seqlens_from_positions"), ("cu_seqlens_q", "pass cu_seqlens")):
+        options: dict[str, Any] = {name: torch.arange(4)}
         with pytest.raises(NotImplementedError, match=advice):
-            ringattn.ring_attention(x, x, x, **{name: torch.arange(4)})
+            ringattn.ring_attention(x, x, x, **options)

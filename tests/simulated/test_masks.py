@@ -82,7 +82,7 @@ def through_the_ring(mix: Mix, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
     def work(rank, transport):
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in whole)
         dlse = plan.layout.shard(dlse_BHS, rank, 2)
-        kernel = choose_kernel("reference", q, k, v, mix.softcap).kernel
+        kernel = choose_kernel("reference", q, k, v, softcap=mix.softcap).kernel
         call = Call(plan, rank, kernel, 0.3, transport, Buffers())
         start = {"running": seen_by_sinks(sinks, q, v)} if mix.sinks else {}
         out, lse = ring.forward(call, q, k, v, **start)
@@ -96,13 +96,13 @@ def through_the_ring(mix: Mix, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 
 
 def dense(mix: Mix, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    *leaves, dout, dlse, sinks = (x.clone().requires_grad_() for x in inputs)
+    q, k, v, dout, dlse, sinks = (x.clone().requires_grad_() for x in inputs)
     tokens = torch.arange(mix.seq_len)
     seen = visible(tokens, tokens, mix.causal, mix.window, mix.cu_seqlens)
-    out, lse = dense_attention(*leaves, seen, 0.3, sinks if mix.sinks else None, mix.softcap)
+    out, lse = dense_attention(q, k, v, seen, 0.3, sinks if mix.sinks else None, mix.softcap)
     told = lse != -torch.inf
     loss = (out * dout.detach()).sum() + (lse[told] * dlse.detach()[told]).sum()
-    grads = torch.autograd.grad(loss, (*leaves, sinks), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(loss, (q, k, v, sinks), allow_unused=True, materialize_grads=True)
     return out.detach(), lse.detach(), *grads
 
 
