@@ -132,6 +132,47 @@ class Plan:
         hops = (ranks[:, None] - ranks[None, :]) % self.ranks
         return tuple((hops * (self._pairs > 0)).max(0).tolist())
 
+    @cached_property
+    def keys_needed(self) -> np.ndarray:
+        """How many keys of each source the queries of each rank look at: int64 [P, P], own ones on the diagonal.
+
+        Example:
+            >>> make_plan("contiguous", 8, 2, causal=True, window_size=3).keys_needed.tolist()
+            [[4, 0], [2, 4]]
+        """
+        table, begin = self._table
+        which = np.repeat(np.arange(self.ranks**2), np.diff(begin))
+        shift = which * (self.layout.seq_len + 1)  # so that intervals of different (rank, source) do not meet
+        start = table[:, 2] + shift
+        order = np.argsort(start, kind="stable")
+        start, end = start[order], (start + table[:, 3])[order]
+        seen = np.concatenate(([0], np.maximum.accumulate(end)[:-1])) if len(end) else end
+        fresh = np.maximum(end - np.maximum(start, seen), 0)
+        return np.bincount(which, fresh, self.ranks**2).astype(np.int64).reshape(self.ranks, self.ranks)
+
+    @cached_property
+    def _spans(self) -> np.ndarray:
+        """From which to which key each (rank, source) looks; an empty span is (length, 0): int64 [2, P, P]."""
+        table, begin = self._table
+        low = np.broadcast_to(np.array(self.layout.lengths), (self.ranks, self.ranks)).copy()
+        high = np.zeros_like(low)
+        which = np.repeat(np.arange(self.ranks**2), np.diff(begin))
+        np.minimum.at(low.reshape(-1), which, table[:, 2])
+        np.maximum.at(high.reshape(-1), which, table[:, 2] + table[:, 3])
+        return np.stack((low, high))
+
+    def cargo(self, source: int, hop: int) -> slice:
+        """The keys of a shard that ranks `hop` or more hops away look at, from the first to the last of them.
+
+        Example:
+            >>> plan = make_plan("contiguous", 12, 3, causal=True, window_size=3)
+            >>> plan.cargo(source=0, hop=1)  # tokens 4 and 5 look at tokens 2 and 3
+            slice(2, 4, None)
+        """
+        ranks = (source + np.arange(hop, self.ranks)) % self.ranks
+        low, high = self._spans[0, ranks, source], self._spans[1, ranks, source]
+        return slice(int(low.min()), int(high.max())) if high.any() else slice(0, 0)
+
     def tokens_sent(self, rank: int) -> int:
         """Tokens of keys and values that a rank passes on in the forward, its own and others'."""
         sources = ((rank - step) % self.ranks for step in range(self.ranks))

@@ -163,3 +163,18 @@ def test_one_mask_has_one_spelling():
 def test_what_is_no_window_raises(causal, window_size, message):
     with pytest.raises(ValueError, match=message):
         make_mask(causal, window_size)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(masked_plans())
+def test_traffic_is_what_the_mask_needs(drawn):
+    layout, seq_len, ranks, causal, window, cu_seqlens = drawn
+    plan = make_plan(layout, seq_len, ranks, causal=causal, window_size=window, cu_seqlens=cu_seqlens)
+    for source in range(ranks):
+        keys = plan.layout.positions(source)
+        looked_at = [visible(plan.layout.positions(r), keys, causal, window, cu_seqlens).any(0) for r in range(ranks)]
+        assert plan.keys_needed[:, source].tolist() == [int(each.sum()) for each in looked_at]
+        for hop in range(1, ranks):
+            cargo = plan.cargo(source, hop)
+            further = torch.stack([looked_at[(source + h) % ranks] for h in range(hop, ranks)]).any(0).nonzero()
+            assert (cargo.start, cargo.stop) == ((0, 0) if not len(further) else (further[0], further[-1] + 1))
