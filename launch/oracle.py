@@ -17,8 +17,6 @@ from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
 
-from .packing import mask_options
-
 __all__ = [
     "Case",
     "Inputs",
@@ -34,7 +32,7 @@ __all__ = [
 
 
 class Case(NamedTuple):
-    """One attention over a whole sequence."""
+    """One attention over a whole sequence; with a window of so many last keys, or cu_seqlens of documents."""
 
     seq_len: int
     batch: int = 1
@@ -43,22 +41,18 @@ class Case(NamedTuple):
     head_dim: int = 16
     causal: bool = True
     dtype: torch.dtype = torch.float64
-    hides: str = ""  # what the mask hides besides what lies ahead: window-N, packed-N, packed-lognormal
+    window: int | None = None
+    documents: tuple[int, ...] | None = None
 
     @property
-    def mask(self) -> str:
-        """The mask by its name, see `packing.mask_options`."""
-        return self.hides or ("causal" if self.causal else "none")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The mask as `ring_attention` is told of it."""
-        return mask_options(self.mask, self.seq_len)
-
-    def masked(self, name: str) -> Case:
-        """The same case with another mask."""
-        plain = name in ("causal", "none")
-        return self._replace(causal=name != "none", hides="" if plain else name)
+    def mask(self) -> dict[str, Any]:
+        """The mask as `make_plan` and `ContextParallel.attention` take it."""
+        options: dict[str, Any] = {"causal": self.causal}
+        if self.window is not None:
+            options["window_size"] = (self.window - 1, 0)
+        if self.documents is not None:
+            options["cu_seqlens"] = self.documents
+        return options
 
 
 class Inputs(NamedTuple):
@@ -97,15 +91,15 @@ def attend(kernel: Kernel, inputs: Inputs, segments: Segments, scale: float) -> 
 
 def attend_on_one_rank(kernel: Kernel, case: Case, inputs: Inputs) -> Result:
     """The whole sequence through one kernel."""
-    segments = make_plan("contiguous", case.seq_len, 1, **case.options).segments(0, 0)
+    segments = make_plan("contiguous", case.seq_len, 1, **case.mask).segments(0, 0)
     return attend(kernel, inputs, segments, case.head_dim**-0.5)
 
 
 def attend_across_ranks(cp: ContextParallel, case: Case, inputs: Inputs) -> Result:
     """Shard, attend, differentiate, unshard: what a user does. Collective."""
-    cu_seqlens = case.options.get("cu_seqlens")
+    cu_seqlens = case.documents
     q, k, v = (cp.shard(x, cu_seqlens=cu_seqlens).requires_grad_() for x in inputs[:3])
-    out = cp.attention(q, k, v, seq_len=case.seq_len, **case.options)
+    out = cp.attention(q, k, v, seq_len=case.seq_len, **case.mask)
     grads = torch.autograd.grad(out, (q, k, v), cp.shard(inputs.dout, cu_seqlens=cu_seqlens))
     parts = (x.detach() for x in (out, *grads))
     return Result(*(cp.unshard(part, seq_len=case.seq_len, cu_seqlens=cu_seqlens) for part in parts))

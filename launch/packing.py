@@ -1,4 +1,4 @@
-"""Documents of realistic lengths, packed end to end into one sequence; masks by name, for checks and measurements.
+"""Documents of realistic lengths, packed end to end into one sequence: for training, checks and tables.
 
 Lengths are log-normal, as those of text are: many short, few very long. The last document is cut where the sequence
 ends, so packed sequences hold no padding.
@@ -6,16 +6,11 @@ ends, so packed sequences hold no padding.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from ringattn.documents import Documents
-
-__all__ = ["LENGTHS", "MASKS", "log_normal_lengths", "mask_options", "packed"]
+__all__ = ["LENGTHS", "log_normal_lengths", "packed"]
 
 
 def log_normal_lengths(draw: np.random.Generator, total: int, mean: float, longest: int, spread: float) -> np.ndarray:
@@ -77,35 +72,3 @@ def packed(name: str, total: int, seed: int = 0) -> np.ndarray:
     """
     lengths = LENGTHS[name](total, np.random.default_rng((seed, total)))
     return np.concatenate(([0], np.cumsum(lengths)))
-
-
-MASKS = ("causal", "none", "window-N", "packed-N", "packed-lognormal")
-SPELLING = re.compile(r"(window|packed)-(\d+)")
-
-
-@lru_cache(maxsize=16)
-def mask_options(name: str, seq_len: int) -> dict[str, Any]:
-    """What `ring_attention` is told for a mask by name.
-
-    `window-N`: causal, the last N keys. `packed-N`: causal in documents of log-normal lengths, N on average and 8 N at
-    most; `packed-lognormal` is packed-4096.
-
-    Raises:
-        ValueError: no mask has that name.
-
-    Example:
-        >>> mask_options("window-4096", 131072)
-        {'causal': True, 'window_size': (4095, 0)}
-        >>> mask_options("packed-100", 1000)
-        {'causal': True, 'cu_seqlens': 11 documents of 1000 tokens in all, f8ba98294be960d2}
-    """
-    if name in ("causal", "none"):
-        return {"causal": name == "causal"}
-    found = SPELLING.fullmatch("packed-4096" if name == "packed-lognormal" else name)
-    if found is None or int(found[2]) < 1:
-        raise ValueError(f"got mask={name}; choose one of {', '.join(MASKS)}, N a number of tokens")
-    size = int(found[2])
-    if found[1] == "window":
-        return {"causal": True, "window_size": (size - 1, 0)}
-    lengths = log_normal_lengths(np.random.default_rng((0, seq_len)), seq_len, size, 8 * size, 1.0)
-    return {"causal": True, "cu_seqlens": Documents(np.concatenate(([0], np.cumsum(lengths))))}

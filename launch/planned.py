@@ -1,7 +1,7 @@
 """Plans on paper: what a layout and a mask mean for each rank, and layouts compared, without a GPU.
 
-    python -m ringattn.launch.report plan --tokens 65536 --ranks 8 --layout balanced --mask packed-lognormal
-    python -m ringattn.launch.report plan --tokens 1000 --cu-seqlens 0,100,400,900 --picture outputs/plan.png
+    python -m ringattn.launch.report plan --tokens 65536 --ranks 8 --layout balanced --documents log-normal
+    python -m ringattn.launch.report plan --tokens 1000 --cu-seqlens 0,100,400,900 --window 200 --picture plan.png
     python -m ringattn.launch.report balance
 
 The page docs/balance.md is made by the last of these; a test holds it to what the planner does.
@@ -17,7 +17,7 @@ from pathlib import Path
 from ringattn import Plan, make_plan
 from ringattn.layout import LAYOUTS
 
-from .packing import LENGTHS, MASKS, mask_options, packed
+from .packing import LENGTHS, packed
 from .plots import draw_plan
 from .records import ROOT
 from .report import markdown
@@ -37,15 +37,18 @@ def show(words: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="of the whole sequence")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--layout", default="balanced", choices=list(LAYOUTS))
-    parser.add_argument("--mask", default="packed-lognormal", help=f"one of {', '.join(MASKS)}")
-    parser.add_argument("--cu-seqlens", help="documents of your own, causal: 0,100,400,900")
+    parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--window", type=int, help="the last so many keys, a query's own among them")
+    parser.add_argument("--documents", choices=list(LENGTHS), help="packed, of such lengths")
+    parser.add_argument("--cu-seqlens", help="packed, with bounds of your own: 0,100,400,900")
     parser.add_argument("--picture", type=Path, default=Path("plan.png"))
     asked = parser.parse_args(words)
-    options = mask_options(asked.mask, asked.tokens)
+    cu_seqlens = packed(asked.documents, asked.tokens) if asked.documents else None
     if asked.cu_seqlens:
-        options = {"causal": True, "cu_seqlens": [int(number) for number in asked.cu_seqlens.split(",")]}
+        cu_seqlens = [int(number) for number in asked.cu_seqlens.split(",")]
+    mask = {"causal": asked.causal, "window_size": asked.window, "cu_seqlens": cu_seqlens}
     begin = time.perf_counter()
-    plan = make_plan(asked.layout, asked.tokens, asked.ranks, **options)
+    plan = make_plan(asked.layout, asked.tokens, asked.ranks, **mask)
     plan.reach(0)
     took = 1000 * (time.perf_counter() - begin)
     print(f"{plan}\n\nplanned in {took:.1f} ms\n\n{traffic(plan)}")

@@ -65,7 +65,7 @@ def test_wrong_shapes_and_names_are_refused():
         check.Check(kv_heads=3)
     with pytest.raises(ValueError, match="layouts=zigzig: expected one of contiguous, zigzag, striped"):
         check.Check(layouts=["zigzig"])
-    with pytest.raises(ValueError, match="got mask=sliding; choose one of causal, none, window-N, packed-N"):
+    with pytest.raises(ValueError, match="masks=sliding: expected one of causal, none, window, packed"):
         check.Check(masks=["sliding"])
 
 

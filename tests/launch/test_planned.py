@@ -8,7 +8,7 @@ import pytest
 
 from ringattn import make_plan
 from ringattn.launch import planned
-from ringattn.launch.packing import LENGTHS, mask_options, packed
+from ringattn.launch.packing import LENGTHS, packed
 from ringattn.launch.report import main
 
 
@@ -28,12 +28,12 @@ def test_the_page_is_renewed(tmp_path):
 
 def test_the_command_prints_and_draws_a_plan(tmp_path):
     picture = tmp_path / "folder" / "plan.png"
-    words = ["--tokens", "4000", "--ranks", "3", "--mask", "packed-100", "--picture", str(picture)]
+    words = ["--tokens", "4000", "--ranks", "3", "--documents", "web", "--window", "50", "--picture", str(picture)]
     done = subprocess.run(
         [sys.executable, "-m", "ringattn.launch.report", "plan", *words], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert "4000 tokens on 3 ranks, layout balanced, mask causal," in done.stdout
+    assert "4000 tokens on 3 ranks, layout balanced, mask causal, window 50," in done.stdout
     assert "planned in" in done.stdout
     assert "| to rank | from 0 | from 1 | from 2 |" in done.stdout
     assert picture.stat().st_size > 10_000
@@ -60,6 +60,3 @@ def test_log_normal_lengths_are_as_long_as_they_should():
     lengths = np.diff(packed("log-normal", 1 << 24))
     assert lengths.max() == 32768
     assert 3700 < lengths.mean() < 4200  # 4096, less the tail that is cut
-    assert mask_options("packed-lognormal", 8192) is mask_options("packed-lognormal", 8192)
-    with pytest.raises(ValueError, match="got mask=packed-0; choose one of"):
-        mask_options("packed-0", 10)

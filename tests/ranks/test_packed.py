@@ -4,6 +4,7 @@ import itertools
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import ringattn
 from ringattn.kernels.registry import choose_kernel
 from ringattn.launch.oracle import Case, attend_across_ranks, attend_on_one_rank, exact, make_inputs
+from ringattn.launch.packing import log_normal_lengths
 from ringattn.layout import LAYOUTS
 from ringattn.mask import Mask
 from ringattn.ranks import group_name, ranks_named
@@ -19,14 +21,17 @@ from tests.dense import dense_attention, visible
 from tests.gang import run_ranks
 from tests.tolerance import assert_close
 
-MASKS = ("window-1", "window-40", "packed-7", "packed-100")
+MASKS = ({"window": 1}, {"window": 40}, {"documents": 7}, {"documents": 100})
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = list(itertools.product(LAYOUTS, MASKS, [(4, 4), (8, 2)], (1031, 96, 7), (1, 2), DTYPES))
 
 
 def check_cases(rank: int, cases: list) -> None:
     for layout, mask, (q_heads, kv_heads), seq_len, batch, dtype in cases:
-        case = Case(seq_len, batch, q_heads, kv_heads, 16, dtype=dtype).masked(mask)
+        case = Case(seq_len, batch, q_heads, kv_heads, 16, dtype=dtype, window=mask.get("window"))
+        if "documents" in mask:
+            lengths = log_normal_lengths(np.random.default_rng(seq_len), seq_len, mask["documents"], seq_len, 1.0)
+            case = case._replace(documents=(0, *np.cumsum(lengths).tolist()))
         inputs = make_inputs(case, seq_len)
         cp = ringattn.ContextParallel(layout=layout)
         got = attend_across_ranks(cp, case, inputs)
