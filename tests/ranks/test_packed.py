@@ -26,13 +26,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 CASES = list(itertools.product(LAYOUTS, MASKS, [(4, 4), (8, 2)], (1031, 96, 7), (1, 2), DTYPES))
 
 
-def check_cases(rank: int, cases: list) -> None:
+def check_cases(rank: int, cases: list, device: str = "cpu") -> None:
     for layout, mask, (q_heads, kv_heads), seq_len, batch, dtype in cases:
         case = Case(seq_len, batch, q_heads, kv_heads, 16, dtype=dtype, window=mask.get("window"))
         if "documents" in mask:
             lengths = log_normal_lengths(np.random.default_rng(seq_len), seq_len, mask["documents"], seq_len, 1.0)
             case = case._replace(documents=(0, *np.cumsum(lengths).tolist()))
-        inputs = make_inputs(case, seq_len)
+        inputs = make_inputs(case, seq_len, device)
         cp = ringattn.ContextParallel(layout=layout)
         got = attend_across_ranks(cp, case, inputs)
         if rank == 0:
