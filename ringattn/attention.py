@@ -8,6 +8,7 @@ tensor that it is, so that new documents do not compile anew, and becomes a plan
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -18,20 +19,25 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.agreement import agree
 from ringattn.checks import check_inputs, refuse_unsupported
+from ringattn.cost import Choice, Workload, choose_executor
 from ringattn.documents import CuSeqlens, Documents, documents_of
-from ringattn.executors import ring
-from ringattn.executors.call import Call
-from ringattn.kernels.interface import accumulate_dtype
+from ringattn.executors import gather, pull, ring
+from ringattn.executors.call import Call, Executor
+from ringattn.kernels.interface import Kernel, accumulate_dtype
 from ringattn.kernels.registry import choose_kernel
 from ringattn.mask import Mask, WindowSize, make_mask
 from ringattn.plan import Plan, plan_of
 from ringattn.ranks import Ranks, group_name, ranks_named
 from ringattn.sinks import seen_by_sinks, sink_gradients
+from ringattn.transport.symmetric import node
 from ringattn.version import __version__
 
 __all__ = ["EXECUTORS", "ring_attention"]
 
-EXECUTORS = {"ring": ring}
+EXECUTORS: dict[str, Executor] = {"ring": ring, "gather": gather, "pull": pull}
+
+
+logger = logging.getLogger("ringattn")
 
 
 class Settings(NamedTuple):
@@ -65,13 +71,14 @@ SETTINGS = (
     "int window_left, int window_right, int balance_left, int balance_right, float softcap"
 )
 SHARED = f"Tensor? sinks, Tensor? cu_seqlens, {SETTINGS}"  # what the forward and the backward are both told
-KNOWN = 4096  # configurations that a group remembers to have agreed on
+KNOWN = 64  # configurations that a group remembers, the most recent ones: each keeps a plan
 
 
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor | None, settings: Settings
-) -> Call:
-    """Turns an operator's arguments into a call, after all ranks have agreed on them if they are new."""
+) -> tuple[Executor, Call]:
+    """Turns an operator's arguments into an executor and its call, after all ranks have agreed on them if they are
+    new."""
     ranks = ranks_named(settings.group)
     ranks.calls += 1
     if settings.seq_len is None:
@@ -83,17 +90,40 @@ def prepare(
         refusal = error
     tensors = tuple((x.shape, x.dtype, x.device) for x in (q, k, v, sinks) if x is not None)
     configuration = settings, documents and documents.digest, tensors
-    if refusal or configuration not in ranks.agreed:
+    known = ranks.agreed.pop(configuration, None)
+    if known is None:
         agree_on(ranks, q, k, v, sinks, documents, settings, refusal)
-        if ranks.transport is not None:
-            ranks.transport.connect(q.device)
+        plan = settings.plan(ranks.size, documents)
+        kernel = choose_kernel(settings.kernel, q, k, v, softcap=settings.softcap).kernel
+        choice = choose(ranks, plan, q, k, v, kernel, settings.executor)
+        logger.info("executor: %s", choice)
+        ranks.connect(q.device, choice.executor)
+        transports = ranks.transport, ranks.buffers, ranks.symmetric
+        known = (
+            EXECUTORS[choice.executor],
+            Call(plan, ranks.rank, kernel, settings.scale, *transports, choice.schedule),
+        )
         if len(ranks.agreed) == KNOWN:
-            ranks.agreed.clear()
-        ranks.agreed.add(configuration)
-    kernel = choose_kernel(settings.kernel, q, k, v, softcap=settings.softcap).kernel
-    return Call(
-        settings.plan(ranks.size, documents), ranks.rank, kernel, settings.scale, ranks.transport, ranks.buffers
+            del ranks.agreed[next(iter(ranks.agreed))]  # the one that was not used for the longest time, on every rank
+    ranks.agreed[configuration] = known
+    return known
+
+
+def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, executor: str) -> Choice:
+    """`choose_executor` for such tensors; equal on ranks that have agreed."""
+    load = Workload(
+        plan=plan,
+        kernel=kernel.name,
+        batch=q.shape[0],
+        q_heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        v_head_dim=v.shape[3],
+        itemsize=q.dtype.itemsize,
+        same_node=ranks.same_node,
+        memory=ranks.memory,
     )
+    return choose_executor(executor, load)
 
 
 def agree_on(
@@ -132,10 +162,14 @@ def agree_on(
             "sinks": "none" if sinks is None else str(sinks.dtype),
             "kernel": choose_kernel(settings.kernel, q, k, v, softcap=settings.softcap).kernel.name,
             "executor": settings.executor,
+            "node": node(q.device),
+            "memory": torch.cuda.get_device_properties(q.device).total_memory if q.is_cuda else 0,
         }
     except (ValueError, TypeError, NotImplementedError) as error:
         refusal = refusal or error
     records = agree(ranks, record, refusal)
+    ranks.same_node = len({other["node"] for other in records}) == 1 and bool(record["node"])
+    ranks.memory = min(int(other["memory"]) for other in records)
     held = tuple(other["tokens"] for other in records)
     layout = settings.plan(ranks.size, documents).layout
     if held != layout.lengths:
@@ -149,10 +183,8 @@ def agree_on(
     "ringattn::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {SHARED}) -> (Tensor, Tensor)"
 )
 def attention_forward(q, k, v, sinks, cu_seqlens, *settings):
-    settings = Settings(*settings)
-    call = prepare(q, k, v, sinks, cu_seqlens, settings)
-    start = {} if sinks is None else {"running": seen_by_sinks(sinks, q, v)}
-    return EXECUTORS[settings.executor].forward(call, q, k, v, **start)
+    executor, call = prepare(q, k, v, sinks, cu_seqlens, Settings(*settings))
+    return executor.forward(call, q, k, v, None if sinks is None else seen_by_sinks(sinks, q, v))
 
 
 @attention_forward.register_fake
@@ -168,8 +200,7 @@ def _(q, k, v, *rest):
     f"{SHARED}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def attention_backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, *settings):
-    settings = Settings(*settings)
-    call = prepare(q, k, v, sinks, cu_seqlens, settings)
+    executor, call = prepare(q, k, v, sinks, cu_seqlens, Settings(*settings))
     delta = call.kernel.row_delta(dout, out)
     if dlse is not None:
         if not call.kernel.reads_delta:
@@ -177,7 +208,7 @@ def attention_backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, *settin
                 f"kernel={call.kernel.name!r} cannot differentiate lse; use kernel='reference', or detach the lse"
             )
         delta -= dlse
-    grads = EXECUTORS[settings.executor].backward(call, dout, q, k, v, out, lse, delta)
+    grads = executor.backward(call, dout, q, k, v, out, lse, delta)
     dsinks = q.new_empty(0) if sinks is None else sink_gradients(sinks, lse, delta)
     return *(grad.to(q.dtype).contiguous() for grad in grads), dsinks
 
@@ -252,7 +283,7 @@ def ring_attention(
         balance: what the layout "balanced" balances: a causality and a window; causal unless given. See
             `ContextParallel`.
         kernel: "auto", or a name of `ringattn.kernels.registry.KERNELS`; a name never falls back to another.
-        executor: "auto" or "ring".
+        executor: "ring", "gather" or "pull", or "auto" for the one that `ringattn.cost` predicts to be fastest.
         return_lse: return (out, lse).
 
     Returns:
@@ -272,14 +303,11 @@ def ring_attention(
     cap = float(softcap or 0.0)
     if not 0.0 <= cap < math.inf:
         raise ValueError(f"got softcap={softcap}; pass a positive number, or 0 for no cap")
-    executor = "ring" if executor == "auto" else executor
     if isinstance(cu_seqlens, Documents):
         cu_seqlens = cu_seqlens.tensor
     elif cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
         cu_seqlens = torch.as_tensor(cu_seqlens)
-    window, balance = make_mask(causal, window_size).window, balance or Mask(causal=True)
-    settings = Settings(
-        group_name(group), layout, seq_len, causal, scale, kernel, executor, *window, *balance.window, cap
-    )
+    windows = (*make_mask(causal, window_size).window, *(balance or Mask(causal=True)).window)
+    settings = Settings(group_name(group), layout, seq_len, causal, scale, kernel, executor, *windows, cap)
     out, lse = attention_forward(q, k, v, sinks, cu_seqlens, *settings)
     return (out, lse) if return_lse else out

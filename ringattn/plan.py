@@ -6,8 +6,10 @@ Legend: S tokens in all, P ranks, r a rank, s the source of a shard of keys and 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,8 @@ from ringattn.mask import Mask, WindowSize, make_mask
 from ringattn.pieces import visible_segments
 
 __all__ = ["Plan", "make_plan"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,7 @@ class Plan:
         return table.T[:, order].T, np.searchsorted(which[order], np.arange(self.ranks**2 + 1))
 
     @cached_property
-    def _lists(self) -> dict[tuple[int, int], Segments]:
-        return {}
-
-    @cached_property
-    def _pairs(self) -> np.ndarray:
+    def work(self) -> np.ndarray:
         """Visible pairs of each (rank, source): int64 [P, P]."""
         table, begin = self._table
         total = np.concatenate(([0], np.cumsum(count_pairs(table))))
@@ -59,11 +59,13 @@ class Plan:
             >>> [segment[:5] for segment in make_plan("zigzag", 8, 2, causal=True).segments(rank=0, source=1)]
             [(2, 2, 0, 2, 1), (2, 2, 2, 2, 1)]
         """
-        if (rank, source) not in self._lists:
+
+        def build() -> Segments:
             table, begin = self._table
             which = rank * self.ranks + source
-            self._lists[rank, source] = Segments(table[begin[which] : begin[which + 1]])
-        return self._lists[rank, source]
+            return Segments(table[begin[which] : begin[which + 1]])
+
+        return self.derive(("segments", rank, source), build)
 
     def gathered_segments(self, rank: int) -> Segments:
         """What the queries of `rank` see of all keys, the shards laid end to end in rank order.
@@ -78,6 +80,16 @@ class Plan:
             parts.append(self.segments(rank, source).table + np.array([0, 0, shift, 0, 0, 0]))
             shift += length
         return Segments(np.concatenate(parts))
+
+    def derive(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` makes of this plan, made once per `key`: an executor's own view of it outlives a call."""
+        if key not in self._kept:
+            self._kept[key] = build()
+        return self._kept[key]
+
+    @cached_property
+    def _kept(self) -> dict[Hashable, Any]:
+        return {}
 
     def query_pieces(self, rank: int) -> dict[tuple[int, int], list[tuple[int, Segment]]]:
         """For each piece (q_start, q_len) of a rank's queries: the (source, segment) it looks at."""
@@ -98,7 +110,7 @@ class Plan:
 
     def pairs(self, rank: int) -> int:
         """Visible (query, key) pairs that a rank computes."""
-        return int(self._pairs[rank].sum())
+        return int(self.work[rank].sum())
 
     def flops(self, rank: int, *, heads: int, head_dim: int, v_head_dim: int | None = None, batch: int = 1) -> int:
         """Floating-point operations of a rank's forward; the backward counts as 2.5 times that.
@@ -110,7 +122,7 @@ class Plan:
     @property
     def balance(self) -> float:
         """The mean rank's work over the busiest rank's: 1 is perfect, 1/P means that one rank does it all."""
-        pairs = self._pairs.sum(1)
+        pairs = self.work.sum(1)
         return float(pairs.sum() / (self.ranks * pairs.max())) if pairs.any() else 1.0
 
     def reach(self, source: int) -> int:
@@ -130,7 +142,7 @@ class Plan:
     def _reaches(self) -> tuple[int, ...]:
         ranks = np.arange(self.ranks)
         hops = (ranks[:, None] - ranks[None, :]) % self.ranks
-        return tuple((hops * (self._pairs > 0)).max(0).tolist())
+        return tuple((hops * (self.work > 0)).max(0).tolist())
 
     @cached_property
     def keys_needed(self) -> np.ndarray:
@@ -160,6 +172,11 @@ class Plan:
         np.minimum.at(low.reshape(-1), which, table[:, 2])
         np.maximum.at(high.reshape(-1), which, table[:, 2] + table[:, 3])
         return np.stack((low, high))
+
+    def span(self, rank: int, source: int) -> tuple[int, int]:
+        """The first key of `source` that a query of `rank` looks at, and the one after the last; (0, 0) for none."""
+        low, high = self._spans[:, rank, source].tolist()
+        return (low, high) if high else (0, 0)
 
     def cargo(self, source: int, hop: int) -> slice:
         """The keys of a shard that ranks `hop` or more hops away look at, from the first to the last of them.
@@ -191,7 +208,7 @@ class Plan:
 
     def __str__(self) -> str:
         layout = self.layout
-        total = max(int(self._pairs.sum()), 1)
+        total = max(int(self.work.sum()), 1)
         lines = [
             f"plan {self.fingerprint}: {layout.seq_len} tokens on {self.ranks} ranks, layout {layout.name}, "
             f"mask {self.mask}, balance {self.balance:.3f}",

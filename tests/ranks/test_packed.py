@@ -26,14 +26,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 CASES = list(itertools.product(LAYOUTS, MASKS, [(4, 4), (8, 2)], (1031, 96, 7), (1, 2), DTYPES))
 
 
-def check_cases(rank: int, cases: list, device: str = "cpu") -> None:
+def check_cases(rank: int, cases: list, device: str = "cpu", executor: str = "auto") -> None:
     for layout, mask, (q_heads, kv_heads), seq_len, batch, dtype in cases:
         case = Case(seq_len, batch, q_heads, kv_heads, 16, dtype=dtype, window=mask.get("window"))
         if "documents" in mask:
             lengths = log_normal_lengths(np.random.default_rng(seq_len), seq_len, mask["documents"], seq_len, 1.0)
             case = case._replace(documents=(0, *np.cumsum(lengths).tolist()))
         inputs = make_inputs(case, seq_len, device)
-        cp = ringattn.ContextParallel(layout=layout)
+        cp = ringattn.ContextParallel(layout=layout, executor=executor)
         got = attend_across_ranks(cp, case, inputs)
         if rank == 0:
             kernel = choose_kernel(cp.kernel, *inputs[:3]).kernel
@@ -45,7 +45,7 @@ def test_equal_to_one_rank(ranks):
     run_ranks(ranks, check_cases, random.Random(ranks).sample(CASES, 15))
 
 
-def everything_at_once(rank: int, ranks: int) -> None:
+def everything_at_once(rank: int, ranks: int, executor: str) -> None:
     """Documents, a window, sinks and a cap; two layers of different masks in one layout; out and lse differentiated."""
     seq_len, cu_seqlens = 150, torch.tensor([0, 3, 90, 90, 131])
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def everything_at_once(rank: int, ranks: int) -> None:
     expected = [dense_attention(q, k, v, each, 0.3, sinks, 3.0) for each in seen]
     grads = torch.autograd.grad(loss(*zip(*expected, strict=True)), (q, k, v, sinks))
 
-    cp = ringattn.ContextParallel(layout="balanced")
+    cp = ringattn.ContextParallel(layout="balanced", executor=executor)
     mine = [cp.shard(x.detach(), cu_seqlens=cu_seqlens).requires_grad_() for x in (q, k, v)]
     options |= {"cu_seqlens": cu_seqlens, "seq_len": seq_len, "sinks": sinks, "return_lse": True}
     got = [cp.attention(*mine, window_size=window, **options) for window in (None, 11)]
@@ -79,9 +79,9 @@ def everything_at_once(rank: int, ranks: int) -> None:
     torch.testing.assert_close(dsinks, grads[3], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_everything_at_once(ranks):
-    run_ranks(ranks, everything_at_once, ranks)
+@pytest.mark.parametrize(("ranks", "executor"), [(1, "ring"), (3, "ring"), (3, "gather")])
+def test_everything_at_once(ranks, executor):
+    run_ranks(ranks, everything_at_once, ranks, executor)
 
 
 def tokens_follow_the_plan(rank: int) -> None:

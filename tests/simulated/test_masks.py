@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringattn import balance
-from ringattn.executors import ring
+from ringattn.executors import pull
 from ringattn.executors.call import Buffers, Call
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import LAYOUTS
@@ -20,6 +20,7 @@ from ringattn.plan import make_plan
 from ringattn.sinks import seen_by_sinks, sink_gradients
 from ringattn.transport.simulated import simulate
 from tests.dense import dense_attention, visible
+from tests.simulated.test_executors import EXECUTORS
 
 
 class Mix(NamedTuple):
@@ -34,6 +35,7 @@ class Mix(NamedTuple):
     sinks: bool
     softcap: float
     heads: tuple[int, int]
+    executor: str
     seed: int
 
 
@@ -52,6 +54,7 @@ def mixes(draw: st.DrawFn) -> Mix:
         draw(st.booleans()),
         draw(st.sampled_from([0.0, 0.0, 0.5, 5.0])),
         draw(st.sampled_from([(2, 2), (2, 1), (4, 2)])),
+        draw(st.sampled_from(list(EXECUTORS))),
         draw(st.integers(0, 1000)),
     )
 
@@ -72,22 +75,23 @@ def inputs_of(mix: Mix, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
-def through_the_ring(mix: Mix, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def across_ranks(mix: Mix, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """out, lse, dq, dk, dv of the whole sequence and the gradient of the sinks."""
     plan = make_plan(
         mix.layout, mix.seq_len, mix.ranks, causal=mix.causal, window_size=mix.window, cu_seqlens=mix.cu_seqlens
     )
     *whole, dlse_BHS, sinks = inputs
+    module, schedule = EXECUTORS[mix.executor]
 
     def work(rank, transport):
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in whole)
         dlse = plan.layout.shard(dlse_BHS, rank, 2)
         kernel = choose_kernel("reference", q, k, v, softcap=mix.softcap).kernel
-        call = Call(plan, rank, kernel, 0.3, transport, Buffers())
-        start = {"running": seen_by_sinks(sinks, q, v)} if mix.sinks else {}
-        out, lse = ring.forward(call, q, k, v, **start)
+        symmetric = transport if module is pull else None
+        call = Call(plan, rank, kernel, 0.3, transport, Buffers(), symmetric, schedule)
+        out, lse = module.forward(call, q, k, v, seen_by_sinks(sinks, q, v) if mix.sinks else None)
         delta = kernel.row_delta(dout, out) - dlse
-        grads = ring.backward(call, dout, q, k, v, out, lse, delta)
+        grads = module.backward(call, dout, q, k, v, out, lse, delta)
         return out, lse, *grads, sink_gradients(sinks, lse, delta) if mix.sinks else torch.zeros_like(sinks)
 
     out, lse, dq, dk, dv, dsinks = zip(*simulate(plan.ranks, work), strict=True)
@@ -108,13 +112,13 @@ def dense(mix: Mix, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(mixes())
-@example(Mix(64, 4, "balanced", True, (-1, -1), [0, 1, 1, 40, 41, 64], True, 5.0, (4, 2), 0))
-@example(Mix(64, 8, "contiguous", True, (4, 0), [0, 10], True, 0.0, (2, 1), 0))  # ranks that hold only padding
-@example(Mix(64, 4, "zigzag", False, (-1, 2), [0, 0, 64], False, 0.0, (2, 2), 0))
+@example(Mix(64, 4, "balanced", True, (-1, -1), [0, 1, 1, 40, 41, 64], True, 5.0, (4, 2), "gather by head groups", 0))
+@example(Mix(64, 8, "contiguous", True, (4, 0), [0, 10], True, 0.0, (2, 1), "ring", 0))  # ranks that hold only padding
+@example(Mix(64, 4, "zigzag", False, (-1, 2), [0, 0, 64], False, 0.0, (2, 2), "pull", 0))
 def test_any_mix_equals_the_whole_matrix(mix: Mix):
     inputs = inputs_of(mix)
     names = ("out", "lse", "dq", "dk", "dv", "dsinks")
-    for name, got, right in zip(names, through_the_ring(mix, inputs), dense(mix, inputs), strict=True):
+    for name, got, right in zip(names, across_ranks(mix, inputs), dense(mix, inputs), strict=True):
         torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -130,6 +134,6 @@ def test_documents_never_leak(mix: Mix, which: int):
     for x in changed[:4]:
         x[:, start:end] = 1e4
     others = torch.tensor([t for t in range(mix.seq_len) if not start <= t < end], dtype=torch.int64)
-    before, after = through_the_ring(mix, inputs), through_the_ring(mix, changed)
+    before, after = across_ranks(mix, inputs), across_ranks(mix, changed)
     for name, x, y, dim in zip(("out", "lse", "dq", "dk", "dv"), before, after, (1, 2, 1, 1, 1), strict=False):
         assert torch.equal(x.index_select(dim, others), y.index_select(dim, others)), name
