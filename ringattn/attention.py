@@ -2,8 +2,9 @@
 
 The forward and the backward of the whole ring are one `torch.library` operator each, with fakes and autograd, so
 `torch.compile(fullgraph=True)` does not look inside and a checkpoint policy can keep (out, lse) and never run the
-ring again. Tensors: q [B, L, H, D], k [B, L, G, D], v [B, L, G, E] with L this rank's tokens. cu_seqlens travels as the
+ring again. Where nobody looks, the same functions run without the operators around them. cu_seqlens travels as the
 tensor that it is, so that new documents do not compile anew, and becomes a plan inside.
+Tensors: q [B, L, H, D], k [B, L, G, D], v [B, L, G, E] with L this rank's tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.agreement import agree
@@ -121,6 +124,7 @@ def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: Ke
         v_head_dim=v.shape[3],
         itemsize=q.dtype.itemsize,
         same_node=ranks.same_node,
+        waits=getattr(kernel, "waits", False),
         memory=ranks.memory,
     )
     return choose_executor(executor, load)
@@ -179,12 +183,17 @@ def agree_on(
         )
 
 
-@torch.library.custom_op(
-    "ringattn::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {SHARED}) -> (Tensor, Tensor)"
-)
-def attention_forward(q, k, v, sinks, cu_seqlens, *settings):
+def run_forward(q, k, v, sinks, cu_seqlens, *settings):
     executor, call = prepare(q, k, v, sinks, cu_seqlens, Settings(*settings))
     return executor.forward(call, q, k, v, None if sinks is None else seen_by_sinks(sinks, q, v))
+
+
+attention_forward = torch.library.custom_op(
+    "ringattn::forward",
+    run_forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {SHARED}) -> (Tensor, Tensor)",
+)
 
 
 @attention_forward.register_fake
@@ -193,13 +202,7 @@ def _(q, k, v, *rest):
     return q.new_empty(batch, rows, heads, v.shape[3]), q.new_empty((batch, heads, rows), dtype=accumulate_dtype(q))
 
 
-@torch.library.custom_op(
-    "ringattn::backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{SHARED}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def attention_backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, *settings):
+def run_backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, *settings):
     executor, call = prepare(q, k, v, sinks, cu_seqlens, Settings(*settings))
     delta = call.kernel.row_delta(dout, out)
     if dlse is not None:
@@ -211,6 +214,15 @@ def attention_backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, *settin
     grads = executor.backward(call, dout, q, k, v, out, lse, delta)
     dsinks = q.new_empty(0) if sinks is None else sink_gradients(sinks, lse, delta)
     return *(grad.to(q.dtype).contiguous() for grad in grads), dsinks
+
+
+attention_backward = torch.library.custom_op(
+    "ringattn::backward",
+    run_backward,
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{SHARED}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @attention_backward.register_fake
@@ -228,11 +240,30 @@ def save_for_backward(ctx, inputs, output) -> None:
 def differentiate(ctx, dout, dlse):
     q, k, v, out, lse, sinks, cu_seqlens = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    *grads, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, *ctx.settings)
+    run = attention_backward if watched(q, k, v) else run_backward
+    *grads, dsinks = run(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, *ctx.settings)
     return *grads, None if sinks is None else dsinks, None, *(None for _ in ctx.settings)
 
 
 attention_forward.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+class Attention(torch.autograd.Function):
+    """The operators without torch's dispatch to Python, which costs more than the launches of a short sequence."""
+
+    forward = staticmethod(run_forward)
+    setup_context = staticmethod(save_for_backward)
+    backward = staticmethod(once_differentiable(differentiate))  # pyright: ignore[reportAssignmentType]
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether somebody must see operators: a compiler, a checkpoint policy, a transform, a tensor of another kind."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
 
 
 def ring_attention(
@@ -309,5 +340,7 @@ def ring_attention(
         cu_seqlens = torch.as_tensor(cu_seqlens)
     windows = (*make_mask(causal, window_size).window, *(balance or Mask(causal=True)).window)
     settings = Settings(group_name(group), layout, seq_len, causal, scale, kernel, executor, *windows, cap)
-    out, lse = attention_forward(q, k, v, sinks, cu_seqlens, *settings)
+    tensors = (q, k, v, sinks, cu_seqlens)
+    attend = attention_forward if watched(*(x for x in tensors if x is not None)) else Attention.apply
+    out, lse = attend(*tensors, *settings)
     return (out, lse) if return_lse else out

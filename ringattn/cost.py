@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 from ringattn.executors.axis import slots, span
 from ringattn.executors.call import Schedule
-from ringattn.executors.pull import axis_of, remote_axis
+from ringattn.executors.pull import axis_of, remote_axis, slot_of
 from ringattn.plan import Plan, make_plan
+from ringattn.transport.interface import WORDS
 
 __all__ = ["KERNEL_RATES", "LINKS", "Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
@@ -71,6 +72,7 @@ class Workload(NamedTuple):
     v_head_dim: int
     itemsize: int
     same_node: bool  # ranks reach each other's memory
+    waits: bool  # the kernel can wait for keys while it runs
     memory: int  # bytes of a GPU
 
     @property
@@ -111,7 +113,8 @@ class Prediction(NamedTuple):
     def __str__(self) -> str:
         name = self.executor
         if self.executor == "pull":
-            name += " (own keys first)" if self.schedule.own_first else " (one launch)"
+            way = "flags" if self.schedule.flags else "own keys first" if self.schedule.own_first else "one launch"
+            name += f" ({way}, own gradients {'in halves' if self.schedule.halves else 'last'})"
         elif self.schedule.head_groups > 1:
             name += f" ({self.schedule.head_groups} head groups)"
         return (
@@ -157,8 +160,10 @@ def predict(load: Workload) -> Iterator[Prediction]:
         if load.kv_heads % groups == 0:
             yield predict_gather(load, groups)
     if load.same_node:
-        for own_first in (True, False):
-            yield predict_pull(load, own_first)
+        can_wait = load.waits and slot_of(load.plan) is not None and load.plan.ranks * load.kv_heads <= WORDS
+        for own_first, flags in ((True, False), (False, False), (False, True))[: 3 if can_wait else 2]:
+            for halves in (True, False):
+                yield predict_pull(load, Schedule(own_first=own_first, flags=flags, halves=halves))
 
 
 def predict_ring(load: Workload) -> Prediction:
@@ -201,34 +206,35 @@ def predict_gather(load: Workload, groups: int) -> Prediction:
     )
 
 
-def predict_pull(load: Workload, own_first: bool) -> Prediction:
+def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
     plan, ranks = load.plan, range(load.plan.ranks)
     forward = backward = 0.0
     for rank in ranks:
         others = remote_axis(plan, rank).length
         pack = MEETING + 2 * plan.layout.lengths[rank] * load.token_bytes / MEMORY
         come = seconds("copy engine", others * load.token_bytes)
+        first = seconds("copy engine", others * load.token_bytes / load.kv_heads)
         home = seconds("copy engine", others * load.gradient_bytes)
-        own, remote = load.compute(rank, rank), sum(load.compute(rank, s) for s in ranks if s != rank)
-        if own_first:
+        own, remote = (sum(load.compute(rank, s) for s in ranks if (s == rank) == mine) for mine in (True, False))
+        if schedule.flags:
+            taken = first + beside(own + remote + LAUNCH, come - first, "copy engine")
+        elif schedule.own_first:
             merged = load.merge(rank) if remote else 0.0
-            taken = pack + beside(own + LAUNCH, come, "copy engine") + remote + LAUNCH + merged
+            taken = beside(own + LAUNCH, come, "copy engine") + remote + LAUNCH + merged
         else:
-            taken = pack + come + own + remote + LAUNCH
-        forward = max(forward, taken)
-        own, remote = (x * KERNEL_RATES[load.kernel].forward * 2.5 / KERNEL_RATES[load.kernel].backward
-                       for x in (own, remote))  # fmt: skip
-        first = beside(own / 4 + LAUNCH, come, "copy engine") if own_first else come
-        rest = beside(own * (0.75 if own_first else 1) + LAUNCH, home + MEETING, "copy engine")
-        backward = max(backward, pack + first + remote + LAUNCH + rest)
-    launches = 2 if own_first else 1
-    issued = HOST["call"] + launches * HOST["launch"] + 2 * HOST["travel"]
+            taken = come + own + remote + LAUNCH
+        forward = max(forward, pack + taken)
+        own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
+        early = own / 4 if schedule.halves else 0.0
+        taken = beside(early + LAUNCH, come, "copy engine") if schedule.halves else come
+        taken += remote + LAUNCH + beside(own - early + LAUNCH, home + MEETING, "copy engine")
+        backward = max(backward, pack + taken + 3 * others * load.gradient_bytes / MEMORY)
+    issued = HOST["call"] + (1 + schedule.own_first) * HOST["launch"] + 2 * HOST["travel"]
+    issued_back = HOST["call"] + (2 + schedule.halves) * 2 * HOST["launch"] + 4 * HOST["travel"]
     longest = max(axis_of(plan, rank).length for rank in ranks)
     most = max(sum(span(plan, rank, s)[1] for rank in ranks if rank != s) for s in ranks)
     memory = 2 * longest * load.token_bytes + most * load.gradient_bytes
-    return Prediction(
-        "pull", Schedule(own_first=own_first, halves=own_first), max(forward, issued), max(backward, 2 * issued), memory
-    )
+    return Prediction("pull", schedule, max(forward, issued), max(backward, issued_back), memory)
 
 
 @lru_cache(maxsize=1024)
@@ -283,6 +289,7 @@ def main() -> None:
         v_head_dim=chosen.head_dim,
         itemsize=2,
         same_node=not chosen.across_nodes,
+        waits=chosen.kernel == "hopper",
         memory=141 * 10**9,
     )
     print(choose_executor("auto", load))

@@ -61,18 +61,20 @@ def span(plan: Plan, rank: int, source: int) -> tuple[int, int]:
     return plan.span(rank, source)
 
 
-def spans(plan: Plan, rank: int, sources: Sequence[int], whole: int | None = None) -> Axis:
-    """What `rank` sees of each of `sources`, end to end in that order; the shard of `whole` entire."""
+def spans(plan: Plan, rank: int, sources: Sequence[int], *, whole: int | None = None, slot: int | None = None) -> Axis:
+    """What `rank` sees of each of `sources`, in that order, end to end or in slots of so many keys; the shard of
+    `whole` entire."""
 
     def build() -> Axis:
         pieces, base = [], 0
-        for source in sources:
+        for index, source in enumerate(sources):
             start, stop = (0, plan.layout.lengths[source]) if source == whole else span(plan, rank, source)
-            pieces.append(Piece(source, start, stop, base))
+            pieces.append(Piece(source, start, stop, base if slot is None else index * slot))
             base += stop - start
-        return Axis(tuple(pieces), base, seen(plan, rank, pieces))
+        length = base if slot is None else slot * len(sources)
+        return Axis(tuple(pieces), length, seen(plan, rank, pieces))
 
-    return plan.derive(("spans", rank, tuple(sources), whole), build)
+    return plan.derive(("spans", rank, tuple(sources), whole, slot), build)
 
 
 def slots(plan: Plan, rank: int) -> Axis:

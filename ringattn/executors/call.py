@@ -42,6 +42,7 @@ class Schedule(NamedTuple):
     depend on it only in rounding."""
 
     own_first: bool = True  # pull: own keys while the others' come, in a launch of their own; else one launch for all
+    flags: bool = False  # pull: that launch does not wait for the copies, but itself looks which keys have come
     halves: bool = True  # backward: own keys in two launches, one while keys come and one while gradients go home
     head_groups: int = 1  # gather: the heads' keys come in so many groups, of which two are held at a time
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Message", "Move", "Symmetric", "Transport", "TransportError"]
+__all__ = ["WORDS", "Mark", "Message", "Move", "Symmetric", "Transport", "TransportError"]
 
 
 class Message(NamedTuple):
@@ -22,10 +22,20 @@ class Message(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A contiguous tensor to fill, and an equal one to fill it from; either may lie in another rank's memory."""
+    """A tensor to fill, and one of its shape to fill it from; either may lie in another rank's memory. Their rows
+    x[i] are contiguous."""
 
     destination: Tensor
     source: Tensor
+
+
+class Mark(NamedTuple):
+    """Words that show how far copies have come: they become the number of meetings when all moves before are done."""
+
+    words: Tensor  # [n] int32, of `Symmetric.words`
+
+
+WORDS = 4096  # that copies can mark
 
 
 class TransportError(RuntimeError):
@@ -67,6 +77,8 @@ class Symmetric(Protocol):
     rank: int
     meetings: int  # so far; equal on all ranks between calls
     generation: int  # how often regions have moved
+    patience: int  # nanoseconds that a kernel may wait for a word
+    late: Tensor  # int32 [1] on the device, zero until a kernel sets it that has waited so long
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Makes every region at least as long as told, in bytes. Collective; contents are lost when any grows."""
@@ -76,12 +88,22 @@ class Symmetric(Protocol):
         """A region of a rank's memory, uint8."""
         ...
 
+    @property
+    def words(self) -> Tensor:
+        """Words of this rank that a kernel may look at while copies mark them: int32 [WORDS], zeros at first."""
+        ...
+
     def meet(self) -> None:
         """The compute that follows waits until all ranks have come here, and then sees what they wrote before."""
         ...
 
-    def copy(self, moves: Sequence[Move], *, notify: bool = False) -> Callable[[], None]:
-        """Starts copies, after the compute so far; the call returned makes the compute wait for them."""
+    def copy(self, moves: Sequence[Move | Mark], *, notify: bool = False) -> Callable[[], None]:
+        """Starts copies, after the compute so far; the call returned makes the compute wait for them. With `notify`
+        their owners can `collect` them."""
+        ...
+
+    def confirm(self) -> None:
+        """Later calls raise if by now, in the order of the compute, a kernel has set `late`."""
         ...
 
     def collect(self) -> None:

@@ -23,7 +23,7 @@ from ringattn.transport.watch import Watch
 
 __all__ = ["P2PTransport"]
 
-CHANNELS = 16  # of NCCL
+CHANNELS = int(os.environ.get("RINGATTN_CHANNELS", "16"))  # of NCCL
 
 
 @contextmanager
@@ -74,7 +74,8 @@ class P2PTransport:
         if not sends and not receives:  # an empty shard is not announced: every rank knows every length
             return lambda: None
         what = f"sends to ranks {sorted({m.peer for m in sends})}, receives from {sorted({m.peer for m in receives})}"
-        if self.nccl is not None:
+        if self.watch is not None:
+            self.watch.check()
             self.nccl._start_coalescing()
             for message in sends:
                 self.nccl.send([message.tensor], message.peer, 0)
@@ -93,7 +94,8 @@ class P2PTransport:
         """See `Transport.all_gather`."""
         pairs = [(whole.view(-1), part.view(-1)) for whole, part in moves if whole.numel()]
         what = "all ranks to gather"
-        if self.nccl is not None:
+        if self.watch is not None:
+            self.watch.check()
             return self.waiting([self.nccl._allgather_base(whole, part, self.gathering) for whole, part in pairs], what)
         with self.blaming(what):
             gather = dist.all_gather_into_tensor
@@ -101,8 +103,6 @@ class P2PTransport:
 
     def waiting(self, works: Sequence[dist.Work | None], what: str) -> Callable[[], None]:
         """The call that waits: NCCL orders the stream and returns at once, gloo blocks."""
-        if self.watch is not None:
-            self.watch.check()
 
         def wait() -> None:
             for work in works:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ringattn.transport.interface import Message, Move, TransportError
+from ringattn.transport.interface import WORDS, Mark, Message, Move, TransportError
 from ringattn.transport.virtual_time import Clock
 
 __all__ = ["Network", "SimulatedTransport", "simulate"]
@@ -30,8 +30,8 @@ def contiguous(*tensors: Tensor) -> None:
 
 def spoil(tensor: Tensor) -> None:
     """Fills with bytes that are NaN in every floating dtype."""
-    if tensor.numel():
-        tensor.view(torch.uint8).fill_(0xFF)
+    for row in tensor if tensor.numel() else ():
+        row.view(-1).view(torch.uint8).fill_(0xFF)
 
 
 @dataclass
@@ -82,6 +82,9 @@ class SimulatedTransport:
         self.notified = 0
         self.notices: Counter[int] = Counter()
         self.regions: list[Tensor] = []
+        self.words = torch.zeros(WORDS, dtype=torch.int32)
+        self.patience = int(network.deadline * 1e9)
+        self.late = torch.zeros(1, dtype=torch.int32)
 
     def travel(self, sender: int, receiver: int, nbytes: int, arrive: Callable[[], None], after: float = 0.0) -> float:
         """Has `arrive` happen when so many bytes have come from one rank to the other; returns when."""
@@ -191,30 +194,49 @@ class SimulatedTransport:
 
         self.clock.wait(self.rank, lambda: not missing(), lambda: f"ranks {missing()} to {verb}")
 
-    def copy(self, moves: Sequence[Move], *, notify: bool = False) -> Callable[[], None]:
+    def copy(self, moves: Sequence[Move | Mark], *, notify: bool = False) -> Callable[[], None]:
         """See `Symmetric.copy`."""
         pending = set(range(len(moves)))
         last = 0.0
-        for number, (destination, source) in enumerate(moves):
-            contiguous(destination, source)
-            spoil(destination)
-
-            def arrive(number: int = number, destination: Tensor = destination, source: Tensor = source) -> None:
-                destination.copy_(source)
-                pending.discard(number)
-
-            nbytes = destination.numel() * destination.element_size()
-            last = max(last, self.travel(self.owner(source), self.owner(destination), nbytes, arrive))
+        for number, move in enumerate(moves):
+            if isinstance(move, Mark):
+                last = self.travel(self.rank, self.rank, 0, self.marking(move, pending, number), after=last)
+                continue
+            contiguous(*move.destination, *move.source)
+            spoil(move.destination)
+            nbytes = move.destination.numel() * move.destination.element_size()
+            owners = self.owner(move.source), self.owner(move.destination)
+            last = max(last, self.travel(*owners, nbytes, self.moving(move, pending, number)))
         if notify:
             self.notified += 1
             self.tell(lambda peer: peer.notices, self.notified, after=last)
         return lambda: self.clock.wait(self.rank, lambda: not pending, lambda: f"{len(pending)} copies")
+
+    def moving(self, move: Move, pending: set[int], number: int) -> Callable[[], None]:
+        def arrive() -> None:
+            move.destination.copy_(move.source)
+            pending.discard(number)
+
+        return arrive
+
+    def marking(self, mark: Mark, pending: set[int], number: int) -> Callable[[], None]:
+        count = self.meetings
+
+        def arrive() -> None:
+            mark.words.fill_(count)
+            pending.discard(number)
+
+        return arrive
 
     def owner(self, tensor: Tensor) -> int:
         """Whose memory a tensor lies in."""
         storage = tensor.untyped_storage().data_ptr()
         owners = (end.rank for end in self.ends if any(x.untyped_storage().data_ptr() == storage for x in end.regions))
         return next(owners, self.rank)
+
+    def confirm(self) -> None:
+        """See `Symmetric.confirm`."""
+        assert not self.late, "kernels on simulated ranks wait in virtual time"
 
     def collect(self) -> None:
         """See `Symmetric.collect`."""

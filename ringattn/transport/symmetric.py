@@ -1,7 +1,7 @@
 """Symmetric memory on the GPUs of one node: every rank's regions mapped into every other's, copied by copy engines.
 
     meet        write my count into a word of every other rank, wait for their words in mine
-    copy        cudaMemcpyAsync between GPUs, on a stream of its own: copy engines, no multiprocessor
+    copy        cudaMemcpy(2D)Async between GPUs, on a stream of its own: copy engines, no multiprocessor
     collect     like meet, but the words were written behind the copies
 
 Words only count up and are never reset. What a rank waits for is always a word in its own memory, in a kernel with a
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from ringattn.transport.interface import Move, TransportError
+from ringattn.transport.interface import WORDS, Mark, Move, TransportError
 
 __all__ = ["SymmetricMemory", "node"]
 
@@ -33,7 +33,7 @@ MET, NOTIFIED = 0, 1  # two rows of words
 
 def node(device: torch.device) -> str:
     """A name that two ranks share if they may reach each other's memory; empty if this one can reach nobody's."""
-    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None or find_spec("cuda") is None:
         return ""
     count = torch.cuda.device_count()
     if not all(torch.cuda.can_device_access_peer(device, other) for other in range(count) if other != device.index):
@@ -47,6 +47,43 @@ class Mapped(NamedTuple):
     mine: Tensor
     handle: object
     of_rank: list[Tensor]
+
+
+class Engine:
+    """What torch has no call for, or a slow one: each of these starts no kernel."""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver, runtime  # pyright: ignore[reportMissingImports]  # torch on CUDA brings them
+
+        self.driver, self.runtime = driver, runtime
+        self.any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
+
+    def copy(self, destination: Tensor, source: Tensor, stream: int) -> None:
+        """A copy of a tensor whose rows are contiguous."""
+        size = source.element_size()
+        if destination.is_contiguous() and source.is_contiguous():
+            (error,) = self.runtime.cudaMemcpyAsync(
+                destination.data_ptr(), source.data_ptr(), source.numel() * size, self.any_direction, stream
+            )
+        else:
+            (error,) = self.runtime.cudaMemcpy2DAsync(
+                destination.data_ptr(),
+                destination.stride(0) * size,
+                source.data_ptr(),
+                source.stride(0) * size,
+                source[0].numel() * size,
+                source.shape[0],
+                self.any_direction,
+                stream,
+            )
+        if error:
+            raise TransportError(f"a copy of {tuple(source.shape)} between GPUs failed: {error.name}")
+
+    def write(self, address: int, value: int, stream: int) -> None:
+        """A word of 32 bits, after all that the stream holds is visible."""
+        (error,) = self.driver.cuStreamWriteValue32(stream, address, value, 0)
+        if error:
+            raise TransportError(f"a write to another GPU's memory failed: {error.name}")
 
 
 class SymmetricMemory:
@@ -68,13 +105,20 @@ class SymmetricMemory:
         self.meetings = self.notified = self.generation = 0
         self.sizes: tuple[int, ...] = ()
         self.regions: list[Sequence[Tensor]] = []  # of each rank
+        self.engine = Engine()
         self.engines = torch.cuda.Stream(device, priority=-1)
+        self.start = torch.cuda.Event()
+        self.waiting: Any = None
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
-        self.words = self.map(2 * self.size * 4)
-        self.my_words = self.words.mine.view(torch.int32).view(2, self.size)
-        self.their_words = [words.view(torch.uint32) for words in self.words.of_rank]
+        self.late = torch.zeros(1, dtype=torch.int32, device=device)
+        self.was_late = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.is_late = self.was_late.numpy()
+        self.counts = self.map(2 * self.size * 4)
+        self.my_counts = self.counts.mine.view(torch.int32).view(2, self.size)
+        self.their_counts = [counts.data_ptr() for counts in self.counts.of_rank]
+        self.words = torch.zeros(WORDS, dtype=torch.int32, device=device)
         self.arena: Mapped | None = None
         self.barrier("mapped")
 
@@ -126,37 +170,47 @@ class SymmetricMemory:
             current.wait_stream(self.compute)
             self.compute = current
         self.meetings += 1
-        self.tell(MET, self.meetings)
+        self.tell(MET, self.meetings, current.cuda_stream)
         self.hear(MET, self.meetings)
 
-    def tell(self, row: int, count: int) -> None:
-        """Writes a word of every other rank, behind what the current stream holds."""
-        from torch._C._distributed_c10d import _SymmetricMemory
-
+    def tell(self, row: int, count: int, stream: int) -> None:
+        """Writes a word of every other rank, behind what the stream holds."""
         for step in range(1, self.size):
-            words = self.their_words[(self.rank + step) % self.size]
-            _SymmetricMemory.stream_write_value32(words, row * self.size + self.rank, count)
+            counts = self.their_counts[(self.rank + step) % self.size]
+            self.engine.write(counts + 4 * (row * self.size + self.rank), count, stream)
 
     def hear(self, row: int, count: int) -> None:
         """The current stream waits for a word from every other rank."""
-        from ringattn.transport.await_kernel import await_kernel
-
+        arguments = self.my_counts[row], self.error, count, self.patience, self.rank, self.size
         with torch.cuda.device(self.device):
-            launch: Any = await_kernel[(1,)]
-            launch(self.my_words[row], self.error, count, self.patience, self.rank, RANKS=self.size, num_warps=1)
+            if self.waiting is None:
+                from ringattn.transport.await_kernel import await_kernel
 
-    def copy(self, moves: Sequence[Move], *, notify: bool = False) -> Callable[[], None]:
+                launch: Any = await_kernel[(1,)]
+                self.waiting = launch(*arguments, num_warps=1)[(1, 1, 1)]  # what it compiled, which starts quicker
+            else:
+                self.waiting(*arguments)
+
+    def copy(self, moves: Sequence[Move | Mark], *, notify: bool = False) -> Callable[[], None]:
         """See `Symmetric.copy`."""
-        current = torch.cuda.current_stream(self.device)
-        self.engines.wait_stream(current)
-        with torch.cuda.stream(self.engines):
-            for destination, source in moves:
-                destination.copy_(source, non_blocking=True)
-            if notify:
-                self.notified += 1
-                self.tell(NOTIFIED, self.notified)
+        self.start.record(torch.cuda.current_stream(self.device))
+        self.engines.wait_event(self.start)
+        stream = self.engines.cuda_stream
+        for move in moves:
+            if isinstance(move, Move):
+                self.engine.copy(*move, stream)
+            else:
+                for index in range(move.words.numel()):
+                    self.engine.write(move.words.data_ptr() + 4 * index, self.meetings, stream)
+        if notify:
+            self.notified += 1
+            self.tell(NOTIFIED, self.notified, stream)
         done = self.engines.record_event()
         return lambda: torch.cuda.current_stream(self.device).wait_event(done)
+
+    def confirm(self) -> None:
+        """See `Symmetric.confirm`."""
+        self.engine.copy(self.was_late, self.late, torch.cuda.current_stream(self.device).cuda_stream)
 
     def collect(self) -> None:
         """See `Symmetric.collect`."""
@@ -168,6 +222,11 @@ class SymmetricMemory:
         Raises:
             TransportError: says for whom.
         """
+        if self.is_late[0]:
+            raise TransportError(
+                f"rank {self.rank} waited {self.deadline.total_seconds():g} s for its own copy engines; what was "
+                "computed since is wrong, and this group cannot be used any more"
+            )
         missing = int(self.failed[0])
         if missing:
             peers = [rank for rank in range(self.size) if missing >> rank & 1]
