@@ -186,14 +186,18 @@ class Plan:
             >>> plan.cargo(source=0, hop=1)  # tokens 4 and 5 look at tokens 2 and 3
             slice(2, 4, None)
         """
-        ranks = (source + np.arange(hop, self.ranks)) % self.ranks
-        low, high = self._spans[0, ranks, source], self._spans[1, ranks, source]
-        return slice(int(low.min()), int(high.max())) if high.any() else slice(0, 0)
+
+        def build() -> slice:
+            ranks = (source + np.arange(hop, self.ranks)) % self.ranks
+            low, high = self._spans[0, ranks, source], self._spans[1, ranks, source]
+            return slice(int(low.min()), int(high.max())) if high.any() else slice(0, 0)
+
+        return self.derive(("cargo", source, hop), build)
 
     def tokens_sent(self, rank: int) -> int:
         """Tokens of keys and values that a rank passes on in the forward, its own and others'."""
-        sources = ((rank - step) % self.ranks for step in range(self.ranks))
-        return sum(self.layout.lengths[source] for step, source in enumerate(sources) if step < self.reach(source))
+        cargo = (self.cargo((rank - step) % self.ranks, step + 1) for step in range(self.ranks - 1))
+        return sum(keys.stop - keys.start for keys in cargo)
 
     def bytes_sent(
         self, rank: int, *, kv_heads: int, head_dim: int, v_head_dim: int | None = None, itemsize: int, batch: int = 1

@@ -46,7 +46,9 @@ def test_work_and_traffic_add_up(layout, ranks, seq_len, causal):
     assert sum(plan.pairs(rank) for rank in range(ranks)) == pairs
     assert plan.flops(0, heads=2, head_dim=4, batch=3) == 4 * 4 * 2 * 3 * plan.pairs(0)
     sent = sum(plan.tokens_sent(rank) for rank in range(ranks))
-    assert sent == sum(plan.reach(source) * plan.layout.lengths[source] for source in range(ranks))
+    cargo = [plan.cargo(source, hop) for source in range(ranks) for hop in range(1, plan.reach(source) + 1)]
+    assert sent == sum(keys.stop - keys.start for keys in cargo)
+    assert sent <= sum(plan.reach(source) * plan.layout.lengths[source] for source in range(ranks))
     assert plan.bytes_sent(0, kv_heads=2, head_dim=4, itemsize=2) == plan.tokens_sent(0) * 2 * 8 * 2
 
 
@@ -91,7 +93,7 @@ def test_fingerprint_tells_plans_apart():
 def test_a_plan_prints_itself():
     assert str(make_plan("zigzag", 8, 2, causal=True)).splitlines()[1:] == [
         "rank    tokens    work  sends (tokens)  holds",
-        "   0         4   50.0%               4  0..1 6..7",
+        "   0         4   50.0%               2  0..1 6..7",
         "   1         4   50.0%               4  2..3 4..5",
     ]
 
@@ -138,6 +140,7 @@ def test_a_window_costs_communication_of_its_length():
     for seq_len, window, hops in ((1 << 17, 4096, 1), (1 << 16, 1 << 13, 1), (1 << 16, 2 + (1 << 13), 2)):
         plan = make_plan("contiguous", seq_len, 8, causal=True, window_size=window)
         assert max(plan.reach(source) for source in range(8)) == hops
+        assert max(plan.tokens_sent(rank) for rank in range(8)) == window - 1
         assert plan.reach(7) == 0
 
 
