@@ -44,6 +44,8 @@ def forward(
     groups, e = v.shape[2:]
     tiling = tiling_for("forward", architecture(q.device), q.dtype, max(d, e), rows)
     work = lower(query_tiles, segments, rows, tiling.rows, tiling.keys, q.device)
+    if work.windowed:
+        tiling = tiling._replace(registers=None)  # a second comparison in masked blocks does not fit under the limit
     if running is None:
         out = before = q.new_empty(batch, rows, heads, e, dtype=out_dtype)
         lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
@@ -56,13 +58,12 @@ def forward(
         forward_kernel,
         q.device,
         grid(work.busy if running and out is before else len(work.tiles), batch * groups, heads // groups, k, v),
-        (q, k_block, v_block, out, lse, before, work.tiles, work.runs, positive(scale), softcap, rows),
+        (q, k_block, v_block, out, lse, before, work.tiles, work.runs, positive(scale), rows),
         (strides(q), k_strides, v_strides, strides(out), strides(lse), strides(before)),
         constants(tiling, heads, groups, d, e),
         MERGE=running is not None,
         WINDOW=work.windowed,
-        CAPPED=softcap > 0,
-        AHEAD=tiling.ahead,
+        CAP=softcap,
         PRECISION=precision(q.dtype),
     )
     return out, lse
@@ -112,12 +113,12 @@ def key_gradients(
         key_gradients_kernel,
         q.device,
         grid(work.busy if add else len(work.tiles), batch * groups, 1, q, dout),
-        (q_block, k, v, dout_block, lse, delta, dk, dv, work.tiles, work.runs, positive(scale), softcap, rows, keys),
+        (q_block, k, v, dout_block, lse, delta, dk, dv, work.tiles, work.runs, positive(scale), rows, keys),
         (q_strides, strides(k), strides(v), dout_strides, strides(dk), strides(dv)),
         constants(tiling, heads, groups, d, e),
         ADD=add,
         WINDOW=work.windowed,
-        CAPPED=softcap > 0,
+        CAP=softcap,
         PRECISION=precision(q.dtype),
     )
     return dk, dv
@@ -150,12 +151,12 @@ def query_gradients(
         query_gradients_kernel,
         q.device,
         grid(work.busy if add else len(work.tiles), batch * groups, heads // groups, k, v),
-        (q, k_block, v_block, dout, lse, delta, dq, work.tiles, work.runs, positive(scale), softcap, rows),
+        (q, k_block, v_block, dout, lse, delta, dq, work.tiles, work.runs, positive(scale), rows),
         (strides(q), k_strides, v_strides, strides(dout), strides(dq)),
         constants(tiling, heads, groups, d, e),
         ADD=add,
         WINDOW=work.windowed,
-        CAPPED=softcap > 0,
+        CAP=softcap,
         PRECISION=precision(q.dtype),
     )
     return dq
@@ -217,6 +218,7 @@ def start_sum(x: Tensor, total: Tensor | None, add: bool) -> Tensor:
 @lru_cache(1024)
 def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[str, int]:
     """What a kernel is compiled for and that a shape and a tiling say."""
+    limit = {} if tiling.registers is None else {"maxnreg": tiling.registers}
     return {
         "HEADS": heads,
         "GROUP": heads // groups,
@@ -228,6 +230,7 @@ def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[s
         "BLOCK_E": block_width(e),
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
+        **limit,
     }
 
 

@@ -22,11 +22,11 @@ def locate(HEADS: tl.constexpr):
 
 @triton.jit
 def run_at(runs, i_run):
-    """start, length, shift, low, high, window of one run (`tiles.Work`)."""
-    p_run = runs + 6 * i_run
-    start, length, shift = tl.load(p_run), tl.load(p_run + 1), tl.load(p_run + 2)
-    low, high, window = tl.load(p_run + 3), tl.load(p_run + 4), tl.load(p_run + 5)
-    return start, length, shift, low, high, window
+    """start, length, head, tail, shift, low, high, window of one run (`tiles.Work`)."""
+    p_run = runs + 8 * i_run
+    start, length, head, tail = tl.load(p_run), tl.load(p_run + 1), tl.load(p_run + 2), tl.load(p_run + 3)
+    shift, low, high, window = tl.load(p_run + 4), tl.load(p_run + 5), tl.load(p_run + 6), tl.load(p_run + 7)
+    return start, length, head, tail, shift, low, high, window
 
 
 @triton.jit
@@ -85,11 +85,11 @@ def dot_rows(b_a, b_b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def scores(b_a, b_b, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of a block as the softmax is to scale them: bare products, or tanh(scale product / cap) if CAPPED."""
+def scores(b_a, b_b, scale, CAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of a block as the softmax is to scale them: bare products, or with a cap tanh(scale product / CAP)."""
     b_s = dot_rows(b_a, b_b, PRECISION)
-    if CAPPED:
-        b_s = tanh(b_s * (scale / cap), b_a.dtype == tl.float32)
+    if CAP > 0:
+        b_s = tanh(b_s * (scale / CAP), b_a.dtype == tl.float32)
     return b_s
 
 
