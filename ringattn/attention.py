@@ -93,7 +93,7 @@ def prepare(
         refusal = error
     tensors = tuple((x.shape, x.dtype, x.device) for x in (q, k, v, sinks) if x is not None)
     configuration = settings, documents and documents.digest, tensors
-    known = ranks.agreed.pop(configuration, None)
+    known = None if refusal else ranks.agreed.pop(configuration, None)
     if known is None:
         agree_on(ranks, q, k, v, sinks, documents, settings, refusal)
         plan = settings.plan(ranks.size, documents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Hashable
 from datetime import timedelta
@@ -49,6 +50,7 @@ class Ranks:
 
 
 _ranks: dict[str, Ranks] = {ALONE: Ranks(None)}
+atexit.register(_ranks.clear)  # threads of a process group that outlives the interpreter end the process by abort
 
 
 def group_name(group: dist.ProcessGroup | DeviceMesh | None) -> str:

@@ -27,6 +27,10 @@ class Buffers:
         """Bytes held."""
         return sum(buffer.numel() for buffer in self._bytes.values())
 
+    def clear(self) -> None:
+        """Gives all of them back."""
+        self._bytes.clear()
+
     def take(self, name: Hashable, shape: torch.Size | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the device of `like`, valid until the name is taken again on the same stream."""
         stream = torch.cuda.current_stream(like.device).stream_id if like.is_cuda else 0

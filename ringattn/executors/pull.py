@@ -1,6 +1,6 @@
 """pull: copy engines bring keys and values from the other ranks' memory, and take gradients there; no SM is spent.
 
-    forward     compute  | pack | meet | all keys, each when its flag is up                    |  if the kernel can wait,
+    forward     compute  | pack | meet | all keys, each when its flag is up                   |  if the kernel can wait,
                 engines                | head >> head >> heads >>>> heads >>>>>>>> |
                 compute  | pack | meet | own keys          | others' keys, merged in the epilogue |  else this,
                 engines                | keys come >>>>>>> |

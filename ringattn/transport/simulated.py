@@ -82,6 +82,7 @@ class SimulatedTransport:
         self.notified = 0
         self.notices: Counter[int] = Counter()
         self.regions: list[Tensor] = []
+        self.retired: list[Tensor] = []  # regions before they moved
         self.words = torch.zeros(WORDS, dtype=torch.int32)
         self.patience = int(network.deadline * 1e9)
         self.late = torch.zeros(1, dtype=torch.int32)
@@ -165,6 +166,7 @@ class SimulatedTransport:
         if not self.regions or any(size > held for size, held in zip(sizes, have, strict=True)):
             self.meet()
             self.generation += 1
+            self.retired += self.regions
             self.regions = [
                 torch.zeros(max(size, held), dtype=torch.uint8) for size, held in zip(sizes, have, strict=True)
             ]
@@ -231,6 +233,7 @@ class SimulatedTransport:
     def owner(self, tensor: Tensor) -> int:
         """Whose memory a tensor lies in."""
         storage = tensor.untyped_storage().data_ptr()
+        assert all(x.untyped_storage().data_ptr() != storage for end in self.ends for x in end.retired), "memory moved"
         owners = (end.rank for end in self.ends if any(x.untyped_storage().data_ptr() == storage for x in end.regions))
         return next(owners, self.rank)
 

@@ -164,3 +164,11 @@ def test_sinks_that_do_not_fit_raise(sinks, message):
 def test_caps_that_are_none_raise(softcap):
     with pytest.raises(ValueError, match="pass a positive number, or 0 for no cap"):
         ringattn.ring_attention(*torch.zeros(3, 1, 4, 2, 8), softcap=softcap)
+
+
+def test_wrong_documents_are_refused_after_right_ones():
+    x = torch.zeros(1, 4, 1, 8)
+    ringattn.ring_attention(x, x, x)
+    for wrong in ([0, 3, 2], [0, 9]):
+        with pytest.raises(ValueError, match="got cu_seqlens"):
+            ringattn.ring_attention(x, x, x, cu_seqlens=wrong)

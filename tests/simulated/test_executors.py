@@ -87,6 +87,40 @@ def test_any_order_of_arrival_gives_the_same_bits(layout, executor):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_many_calls_share_memory(executor):
+    """As in a model: the forwards of many layers, then their backwards in reverse, in shapes and with numbers that
+    change. Memory grows, moves, and is used again while others still copy from it."""
+    module, schedule = EXECUTORS[executor]
+    cases = [
+        Case(seq_len, batch, 4, 2, 8)
+        for seq_len, batch in ((24, 1), (24, 1), (90, 2), (90, 2), (24, 1), (24, 1), (7, 1))
+    ]
+    inputs = [make_inputs(case, number) for number, case in enumerate(cases)]
+    plans = [make_plan("zigzag", case.seq_len, 3, causal=True) for case in cases]
+    right = [exact(case, x) for case, x in zip(cases, inputs, strict=True)]
+
+    def work(rank, transport):
+        buffers, calls, held, results = Buffers(), {}, [], []
+        for case, plan, x in zip(cases, plans, inputs, strict=True):
+            symmetric = transport if module is pull else None
+            new = Call(plan, rank, KERNELS["reference"], 8**-0.5, transport, buffers, symmetric, schedule)
+            call = calls.setdefault(case, new)
+            q, k, v, dout = (plan.layout.shard(part, rank, 1) for part in x)
+            out, lse = module.forward(call, q, k, v)
+            held.append((call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out)))
+        for call, dout, q, k, v, out, lse, delta in reversed(held):
+            results.append((out, *module.backward(call, dout, q, k, v, out, lse, delta)))
+        return results[::-1]
+
+    for seed in range(8):
+        everything = zip(*simulate(3, work, Network(seed, spread=100, pause=1e-3)), strict=True)
+        for plan, expected, parts in zip(plans, right, everything, strict=True):
+            got = [plan.layout.unshard(shards, 1) for shards in zip(*parts, strict=True)]
+            for x, y in zip(got, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
 class Witness(ReferenceKernel):
     """Fails when a partial result or gradient comes back in less than fp32."""
 
