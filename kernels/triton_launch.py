@@ -169,7 +169,7 @@ def launch(
     operands: tuple,
     steps: tuple[tuple[int, ...] | None, ...],
     constants: dict[str, int],
-    **more: bool | str,
+    **more: bool | str | float,
 ) -> None:
     """Starts a kernel. Integers that only say how long something is are not specialised on, strides are: blocks are
     read 16 bytes at a time where strides allow it."""
