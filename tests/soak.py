@@ -16,11 +16,12 @@ from ringattn.transport.interface import TransportError
 SHAPES = [(1, 512, 8, 2, 64, True), (2, 131, 4, 4, 64, True), (1, 7, 4, 1, 64, False), (1, 2048, 8, 2, 64, True)]
 
 
-def soak(rank: int, device: str, executor: str, steps: int, delay: float = 2e-3) -> int:
+def soak(rank: int, device: str, executor: str, steps: int, delay: float = 2e-3, check: bool = True) -> int:
     """Steps done. Ranks draw the same shapes, and each its own delays, on the host and on the GPU."""
     shared, own = random.Random(0), random.Random(rank + 1)
     cp = ringattn.ContextParallel(executor=executor)
     inputs, first = {}, {}
+    wrong = torch.zeros(4, dtype=torch.int64, device=device)
     for step in range(steps):
         shape = shared.choice(SHAPES)
         batch, seq_len, q_heads, kv_heads, head_dim, causal = shape
@@ -41,10 +42,13 @@ def soak(rank: int, device: str, executor: str, steps: int, delay: float = 2e-3)
         out = cp.attention(*leaves, causal=causal, seq_len=seq_len)
         result = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
         if shape not in first:
-            assert all(x.isfinite().all() for x in result)
+            assert not check or all(x.isfinite().all() for x in result)
             first[shape] = result
-        same = [torch.equal(a, b) for a, b in zip(result, first[shape], strict=True)] if step % 7 == 0 else [True]
-        assert all(same), f"step {step}, {shape}: {same}"
+        for number, (a, b) in enumerate(zip(result, first[shape], strict=True)):
+            wrong[number] += (a != b).sum()  # looked at now and then, so that the host runs ahead
+        if check and step % 100 == 99:
+            assert not wrong.any(), f"up to step {step}, numbers of out, dq, dk and dv that differ: {wrong.tolist()}"
+    assert not (check and wrong.any()), wrong.tolist()
     return steps
 
 
@@ -58,7 +62,7 @@ def die_in_the_middle(rank: int, device: str, executor: str, deadline: float) ->
     start = time.monotonic()
     try:
         while time.monotonic() - start < 4 * deadline:
-            soak(rank, device, executor, 20)
+            soak(rank, device, executor, 20, check=False)  # wrong numbers may come before the error
             if device == "cuda":
                 torch.cuda.synchronize()
     except (TransportError, ringattn.RankDisagreement) as error:

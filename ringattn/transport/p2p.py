@@ -81,14 +81,14 @@ class P2PTransport:
                 self.nccl.send([message.tensor], message.peer, 0)
             for message in receives:
                 self.nccl.recv([message.tensor], message.peer, 0)
-            return self.waiting([self.nccl._end_coalescing()], what)
+            return self.waiting([self.nccl._end_coalescing()], what, (sends, receives))
         with self.blaming(what):
             ops = [
                 dist.P2POp(operation, message.tensor, group=self.group, group_peer=message.peer)
                 for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
                 for message in messages
             ]
-            return self.waiting(dist.batch_isend_irecv(ops), what)
+            return self.waiting(dist.batch_isend_irecv(ops), what, ops)
 
     def all_gather(self, moves: Sequence[Move]) -> Callable[[], None]:
         """See `Transport.all_gather`."""
@@ -96,15 +96,17 @@ class P2PTransport:
         what = "all ranks to gather"
         if self.watch is not None:
             self.watch.check()
-            return self.waiting([self.nccl._allgather_base(whole, part, self.gathering) for whole, part in pairs], what)
+            works = [self.nccl._allgather_base(whole, part, self.gathering) for whole, part in pairs]
+            return self.waiting(works, what, pairs)
         with self.blaming(what):
             gather = dist.all_gather_into_tensor
-            return self.waiting([gather(whole, part, self.group, async_op=True) for whole, part in pairs], what)
+            works = [gather(whole, part, self.group, async_op=True) for whole, part in pairs]
+            return self.waiting(works, what, pairs)
 
-    def waiting(self, works: Sequence[dist.Work | None], what: str) -> Callable[[], None]:
-        """The call that waits: NCCL orders the stream and returns at once, gloo blocks."""
+    def waiting(self, works: Sequence[dist.Work | None], what: str, keeping: object) -> Callable[[], None]:
+        """The call that waits: NCCL orders the stream and returns at once, gloo blocks. It keeps what is under way."""
 
-        def wait() -> None:
+        def wait(_keeping: object = keeping) -> None:
             for work in works:
                 assert work is not None
                 if self.watch is not None:

@@ -206,7 +206,12 @@ class SymmetricMemory:
             self.notified += 1
             self.tell(NOTIFIED, self.notified, stream)
         done = self.engines.record_event()
-        return lambda: torch.cuda.current_stream(self.device).wait_event(done)
+
+        def wait(_keeping: Sequence[Move | Mark] = moves) -> None:
+            """Memory that is copied from must not be given back, and used for something else, before."""
+            torch.cuda.current_stream(self.device).wait_event(done)
+
+        return wait
 
     def confirm(self) -> None:
         """See `Symmetric.confirm`."""
