@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype
+from .interface import Arrival, accumulate_dtype
 from .portable import TritonKernel
 
 __all__ = ["HopperKernel"]
@@ -20,6 +20,8 @@ class HopperKernel(TritonKernel):
     """The portable kernels, where there is none of its own. Deterministic: the same inputs give the same bits."""
 
     name = "hopper"
+    caps_scores = False
+    waits = True  # forward takes an `Arrival`
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if find_spec("triton") is None:
@@ -36,9 +38,7 @@ class HopperKernel(TritonKernel):
             return "it needs compute capability 9.0, got {}.{}".format(*torch.cuda.get_device_capability(q.device))
         return None
 
-    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None):
-        if not segments:
-            return super().forward(q, k, v, segments, scale=scale, running=running, out_dtype=out_dtype)
+    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None, arrival: Arrival | None = None):
         from .hopper_forward_launch import forward
 
-        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q))
+        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival)

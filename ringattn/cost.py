@@ -87,7 +87,7 @@ class Workload(NamedTuple):
 
     def compute(self, rank: int, source: int, backward: bool = False) -> float:
         """Seconds of products."""
-        pairs = sum(segment.pairs for segment in self.plan.segments(rank, source))
+        pairs = int(self.plan.work[rank, source])
         flops = 2 * (self.head_dim + self.v_head_dim) * self.q_heads * self.batch * pairs
         rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
         return flops * 2.5 / rates.backward if backward else flops / rates.forward

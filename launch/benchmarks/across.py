@@ -119,7 +119,7 @@ def ours_across() -> list[Across]:
 @lru_cache(maxsize=64)  # a kernel keeps what it makes of a list with the list
 def gathered_segments(plan: Plan, rank: int) -> Segments:
     """What a rank sees of all keys, laid end to end in rank order."""
-    return plan.mask.segments(plan.layout.runs[rank], [run for runs in plan.layout.runs for run in runs])
+    return plan.gathered_segments(rank)
 
 
 def busiest(local: Local, case: Case, ranks: int) -> float:
