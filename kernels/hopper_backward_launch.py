@@ -1,0 +1,102 @@
+"""From tensors and segments to the launch of the Hopper backward."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper_backward import gradients_kernel
+from .segments import Segments
+from .tiles import key_tiles
+from .triton_arguments import block_width, describe, strides
+from .triton_launch import grid, launch, lower, positive, start_sum
+
+__all__ = ["backward"]
+
+KEYS, ROWS = 128, 64  # of a tile, and of a step; a block of rows is two steps
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    segments: Segments,
+    scale: float,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Kernel.backward`, for head dims up to 128."""
+    batch, rows, heads, d = q.shape
+    _, keys, groups, e = v.shape
+    width = max(64, block_width(max(d, e)))
+    work = lower(key_tiles, segments, keys, KEYS, 2 * ROWS, q.device)
+    add = dk is not None or dv is not None
+    dk, dv = start_sum(k, dk, add), start_sum(v, dv, add)
+    dq = start_sum(q, dq, True)
+    dq_rows = addable(dq)
+    launch(
+        gradients_kernel,
+        q.device,
+        grid(work.busy if add else len(work.tiles), batch * groups, 1, q, dout),
+        (
+            *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
+            *(per_row(x) for x in (lse, delta)),
+            described(dq_rows, ROWS, width // 2),
+            dk, dv, work.tiles, work.runs, positive(scale), keys,
+        ),
+        (strides(dk), strides(dv)),
+        {"GROUPS": groups, "GROUP": heads // groups, "D": d, "E": e, "num_warps": 4, "maxnreg": 168},
+        ADD=add,
+    )  # fmt: skip
+    if dq_rows is not dq:
+        dq.copy_(dq_rows)
+    return dq, dk, dv
+
+
+class CheckedDescriptor(TensorDescriptor):
+    """One that `describe` has checked, once per shape; Triton's own checks cost as much as a tenth of a launch."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def described(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A descriptor of x [B, L, H, D] as [B, H, L, D], in blocks of rows x width; of a copy, where x cannot have one."""
+    spec = describe(x.shape, x.stride(), x.element_size(), rows) if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else None
+    if spec is None:
+        x = x.contiguous()
+        spec = describe(x.shape, x.stride(), x.element_size(), rows)
+    if spec is None:
+        raise ValueError(f"got head dim {x.shape[-1]}; rows must be a multiple of 16 bytes long")
+    return CheckedDescriptor(x, spec[0], spec[1], [1, 1, rows, width], layout((1, 1, rows, width), x.dtype))
+
+
+def addable(dq: Tensor) -> Tensor:
+    """dq, or a copy of it that TMA can add to."""
+    return dq if dq.data_ptr() % 16 == 0 and describe(dq.shape, dq.stride(), 4, ROWS) else dq.contiguous()
+
+
+def per_row(x: Tensor) -> TensorDescriptor:
+    """A descriptor of one number per row, [B, H, L], as [B * H, L]."""
+    x = pad(x, (0, -x.shape[-1] % 4)).flatten(0, 1).contiguous()
+    return CheckedDescriptor(x, list(x.shape), [x.shape[1], 1], [1, ROWS], layout((1, ROWS), x.dtype))
+
+
+@cache
+def layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a block lies in shared memory; one number per row is not swizzled."""
+    if len(block) == 2:
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])

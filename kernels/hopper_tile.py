@@ -1,0 +1,60 @@
+"""What the Hopper kernels of both directions share: names that moved between releases of Triton, named barriers,
+the TMA reduction, tiles and runs.
+
+Gluon (`triton.experimental.gluon`) says itself which warps do what and where tiles lie. What it has no words for, a few
+PTX instructions, stands here as inline assembly.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import _core
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+__all__ = ["fetch", "named_sync", "product_layout", "reduce_add", "run_at", "tile_at"]
+
+fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
+
+
+@gluon.constexpr_function
+def product_layout(columns):
+    """How one warpgroup holds 64 rows of a product: a row lies in four lanes, its columns in turns of eight."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def barrier_asm(operation, barrier, threads):
+    operation, barrier, threads = (getattr(x, "value", x) for x in (operation, barrier, threads))
+    return f"bar.{operation} {barrier}, {threads}; mov.b32 $0, 0;"
+
+
+@gluon.jit
+def named_sync(BARRIER: gl.constexpr, THREADS: gl.constexpr):
+    """Waits until `THREADS` threads, this warpgroup's included, have come to a barrier. Triton itself uses the barriers
+    0 to 8."""
+    gl.inline_asm_elementwise(barrier_asm("sync", BARRIER, THREADS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@_core.builtin
+def reduce_add(desc, coord, src, _semantic=None):
+    """TMA from shared memory that adds to what is in memory: `tma.async_atomic_add` since Triton 3.8."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def tile_at(tiles, i_tile):
+    """First row (or key), first run, first masked run, end of runs of one tile (`tiles.Work`)."""
+    p_tile = tiles + 4 * i_tile
+    return gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2), gl.load(p_tile + 3)
+
+
+@gluon.jit
+def run_at(runs, i_run):
+    """start, length, shift, low, high, window of one run (`tiles.Work`)."""
+    p_run = runs + 6 * i_run
+    start, length, shift = gl.load(p_run), gl.load(p_run + 1), gl.load(p_run + 2)
+    low, high, window = gl.load(p_run + 3), gl.load(p_run + 4), gl.load(p_run + 5)
+    return start, length, shift, low, high, window
