@@ -41,38 +41,38 @@ ROWS = gl.constexpr(64)
 
 @gluon.jit(do_not_specialize=["KEYS"])
 def gradients_kernel(
-    q, k, v, dout, lse, delta, dq, dk, dv, tiles, runs, scale, KEYS, dk_strides, dv_strides,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, E: gl.constexpr, ADD: gl.constexpr,
+    q, k, v, dout, lse, delta, dq, dk, dv, tiles, runs, scale, KEYS,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `tiles`, and dQ added to a sum.
 
-    q, k, v, dout, dq are descriptors [B, H, L, D]; lse and delta [B * H, L]; dk and dv pointers, rows dk_strides apart.
+    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D]; lse and delta of [B * H, L].
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
-    HALF_WIDTH: gl.constexpr = dq.block_type.shape[3]
+    SLOTS: gl.constexpr = 2 if WIDTH == 128 else 4
     dtype: gl.constexpr = k.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS_OF_TILE, WIDTH], dtype)
     per_row: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS_OF_TILE, ROWS], dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HALF_WIDTH], gl.float32)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], gl.float32)
     s_k = gl.allocate_shared_memory(dtype, [KEYS_OF_TILE, WIDTH], tile)
     s_v = gl.allocate_shared_memory(dtype, [KEYS_OF_TILE, WIDTH], tile)
-    s_q = gl.allocate_shared_memory(dtype, [2, ROWS, WIDTH], tile)
-    s_do = gl.allocate_shared_memory(dtype, [2, ROWS, WIDTH], tile)
-    s_lse = gl.allocate_shared_memory(gl.float32, [2, ROWS], per_row)
-    s_delta = gl.allocate_shared_memory(gl.float32, [2, ROWS], per_row)
-    s_ds = gl.allocate_shared_memory(dtype, [2, KEYS_OF_TILE, ROWS], ds_layout)
-    s_dq = gl.allocate_shared_memory(gl.float32, [4, ROWS, HALF_WIDTH], dq_layout)
+    s_q = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, WIDTH], tile)
+    s_do = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, WIDTH], tile)
+    s_lse = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], per_row)
+    s_delta = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], per_row)
+    s_ds = gl.allocate_shared_memory(dtype, [SLOTS, KEYS_OF_TILE, ROWS], ds_layout)
+    s_dq = gl.allocate_shared_memory(gl.float32, [2, ROWS, WIDTH], dq_layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    dq_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [WIDTH // 32, 1], mbarrier.MBarrierLayout())
+    dq_empty = gl.allocate_shared_memory(gl.int64, [WIDTH // 32, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
-    for i in gl.static_range(2):
+    for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(4):
+    for i in gl.static_range(WIDTH // 32):
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_empty.index(i), count=1)
     fence_async_shared()
@@ -87,10 +87,9 @@ def gradients_kernel(
     keys = (s_k, s_v, kv_full)
     ring = (s_q, s_do, s_lse, s_delta, full, empty)
     adds = (s_dq, dq_full, dq_empty)
-    outs = (dk, dv, dk_strides, dv_strides, scale, KEYS)
     gl.warp_specialize([
-        (compute, (0, keys, ring, s_ds, adds, outs, place, walk, GROUP, D, E, ADD)),
-        (compute, (1, keys, ring, s_ds, adds, outs, place, walk, GROUP, D, E, ADD)),
+        (compute, (0, dk, dv, scale, keys, ring, s_ds, adds, place, walk, GROUP, ADD)),
+        (compute, (1, dk, dv, scale, keys, ring, s_ds, adds, place, walk, GROUP, ADD)),
         (load, (q, k, v, dout, lse, delta, keys, ring, place, walk, GROUPS, GROUP)),
         (add, (dq, adds, place, walk, GROUP)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
@@ -106,20 +105,21 @@ def load(q, k, v, dout, lse, delta, keys, ring, place, walk, GROUPS: gl.constexp
     mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
     fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
-    phase = 1
+    slot, phase = 0, 1
     for i_run in range(first, end):
         start, length, shift, low, high, window = run_at(runs, i_run)
         for i_h in range(i_g * GROUP, (i_g + 1) * GROUP):
             i_bh = i_b * GROUPS * GROUP + i_h
             for row in range(start, start + length, 2 * ROWS):
-                for i in gl.static_range(2):
+                for step in gl.static_range(2):
+                    i, j = slot + step, row + step * ROWS
                     mbarrier.wait(empty.index(i), phase)
                     mbarrier.expect(full.index(i), 2 * q.block_type.nbytes + 8 * ROWS)
-                    fetch(q, [i_b, i_h, row + i * ROWS, 0], full.index(i), s_q.index(i))
-                    fetch(lse, [i_bh, row + i * ROWS], full.index(i), s_lse.index(i))
-                    fetch(dout, [i_b, i_h, row + i * ROWS, 0], full.index(i), s_do.index(i))
-                    fetch(delta, [i_bh, row + i * ROWS], full.index(i), s_delta.index(i))
-                phase ^= 1
+                    fetch(q, [i_b, i_h, j, 0], full.index(i), s_q.index(i))
+                    fetch(lse, [i_bh, j], full.index(i), s_lse.index(i))
+                    fetch(dout, [i_b, i_h, j, 0], full.index(i), s_do.index(i))
+                    fetch(delta, [i_bh, j], full.index(i), s_delta.index(i))
+                slot, phase = advance(slot, phase, s_q.shape[0])
 
 
 @gluon.jit
@@ -128,30 +128,29 @@ def add(dq, adds, place, walk, GROUP: gl.constexpr):
     s_dq, dq_full, dq_empty = adds
     i_b, i_g, key0 = place
     runs, first, middle, end = walk
-    HALF_WIDTH: gl.constexpr = s_dq.shape[2]
+    PARTS: gl.constexpr = s_dq.shape[2] // 32
     phase = 0
     for i_run in range(first, end):
         start, length, shift, low, high, window = run_at(runs, i_run)
         for i_h in range(i_g * GROUP, (i_g + 1) * GROUP):
             for row in range(start, start + length, 2 * ROWS):
-                for i in gl.static_range(2):
-                    for half in gl.static_range(2):
-                        mbarrier.wait(dq_full.index(2 * i + half), phase)
-                        reduce_add(dq, [i_b, i_h, row + i * ROWS, half * HALF_WIDTH], s_dq.index(2 * i + half))
+                for pair in gl.static_range(0, PARTS, 2):
+                    for i in gl.static_range(pair, pair + 2):
+                        mbarrier.wait(dq_full.index(i), phase)
+                        reduce_add(dq, [i_b, i_h, row + i // (PARTS // 2) * ROWS, i % (PARTS // 2) * 64], part_of(s_dq, i))
                     tma.store_wait(0)
-                    for half in gl.static_range(2):
-                        mbarrier.arrive(dq_empty.index(2 * i + half), count=1)
+                    for i in gl.static_range(pair, pair + 2):
+                        mbarrier.arrive(dq_empty.index(i), count=1)
                 phase ^= 1
 
 
 @gluon.jit
 def compute(
-    HALF: gl.constexpr, keys, ring, s_ds, adds, outs, place, walk,
-    GROUP: gl.constexpr, D: gl.constexpr, E: gl.constexpr, ADD: gl.constexpr,
+    HALF: gl.constexpr, dk, dv, scale, keys, ring, s_ds, adds, place, walk, GROUP: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One half of the tile's keys: their dK and dV, and one half of dQ of every block."""
     s_k, s_v, kv_full = keys
-    dk, dv, dk_strides, dv_strides, scale, KEYS = outs
+    s_dq, dq_full, dq_empty = adds
     i_b, i_g, key0 = place
     runs, first, middle, end = walk
     WIDTH: gl.constexpr = s_k.shape[1]
@@ -160,81 +159,158 @@ def compute(
     b_dk = gl.zeros([64, WIDTH], gl.float32, SUMS)
     b_dv = gl.zeros([64, WIDTH], gl.float32, SUMS)
     mbarrier.wait(kv_full, 0)
-    phase = 0
-    for i_run in tl.range(first, middle, disable_licm=True):
-        length = gl.load(runs + 6 * i_run + 1)
-        for i in tl.range(length // (2 * ROWS) * GROUP, disable_licm=True):
-            b_dk, b_dv = block(HALF, 0, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, None, None)
-            b_dk, b_dv = block(HALF, 1, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, None, None)
-            phase ^= 1
+    SLOTS: gl.constexpr = ring[0].shape[0]
+    step: gl.constexpr = wide_block if WIDTH == 128 else narrow_block
+    slot, phase = 0, 0
+    whole = 0
+    for i_run in range(first, middle):
+        whole += gl.load(runs + 6 * i_run + 1)
+    for i in tl.range(whole // (2 * ROWS) * GROUP, disable_licm=True):
+        b_dk, b_dv = step(HALF, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, None, None)
+        slot, phase = advance(slot, phase, SLOTS)
     for i_run in tl.range(middle, end, disable_licm=True):
         start, length, shift, low, high, window = run_at(runs, i_run)
         age = shift - key
         seen = gl.where((key >= low) & (key < high), gl.minimum(length + age, window), 0)
         for i_h in tl.range(GROUP, disable_licm=True):
             for j in tl.range(0, length, 2 * ROWS, disable_licm=True):
-                b_dk, b_dv = block(HALF, 0, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age + j, seen)
-                b_dk, b_dv = block(HALF, 1, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age + j + ROWS, seen)
-                phase ^= 1
+                b_dk, b_dv = step(HALF, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age + j, seen)
+                slot, phase = advance(slot, phase, SLOTS)
 
-    row = key0 + HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SUMS))
-    column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, SUMS))
-    p_dk = dk + i_b.to(gl.int64) * dk_strides[0] + i_g.to(gl.int64) * dk_strides[2]
-    p_dv = dv + i_b.to(gl.int64) * dv_strides[0] + i_g.to(gl.int64) * dv_strides[2]
-    put(p_dv + row.to(gl.int64)[:, None] * dv_strides[1] + column[None, :], b_dv, (row < KEYS)[:, None] & (column < E)[None, :], ADD)
-    put(p_dk + row.to(gl.int64)[:, None] * dk_strides[1] + column[None, :], b_dk * scale, (row < KEYS)[:, None] & (column < D)[None, :], ADD)
+    for part in gl.static_range(2 * WIDTH // 128):
+        mbarrier.wait(dq_empty.index(2 * part + HALF), (phase if SLOTS == 2 else slot >> 1) ^ 1)
+    put(dv, b_dv, s_dq.index(HALF), [i_b, i_g, key0 + HALF * 64, 0], ADD)
+    put(dk, b_dk * scale, s_dq.index(HALF), [i_b, i_g, key0 + HALF * 64, 0], ADD)
 
 
 @gluon.jit
-def block(HALF: gl.constexpr, STAGE: gl.constexpr, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age, seen):
-    """Row t of the block is seen by those keys for which 0 <= age + t < seen; age None: by all."""
+def advance(slot, phase, SLOTS: gl.constexpr):
+    """The next two slots of the ring, and the phase of their barriers, which changes with each round."""
+    if SLOTS == 2:
+        return slot, phase ^ 1
+    else:
+        return slot ^ 2, gl.where(slot == 0, phase, phase ^ 1)
+
+
+@gluon.jit
+def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age, seen):
+    """Two steps of 64 rows each."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
     s_dq, dq_full, dq_empty = adds
-    WIDTH: gl.constexpr = s_q.shape[2]
-    HALF_WIDTH: gl.constexpr = s_dq.shape[2]
-    SCORES: gl.constexpr = product_layout(ROWS)
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(WIDTH), k_width=2)
-    QUERIES: gl.constexpr = product_layout(HALF_WIDTH)
+    SUMS: gl.constexpr = product_layout(s_q.shape[2])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, k_width=2)
     dtype: gl.constexpr = s_q.dtype
-    b_q, b_do, b_ds_both = s_q.index(STAGE), s_do.index(STAGE), s_ds.index(STAGE)
-
-    mbarrier.wait(full.index(STAGE), phase)
-    zeros = gl.zeros([64, ROWS], gl.float32, SCORES)
-    b_s = warpgroup_mma(s_k.slice(HALF * 64, 64), b_q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    b_dp = warpgroup_mma(s_v.slice(HALF * 64, 64), b_do.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    b_lse = s_lse.index(STAGE).load(gl.SliceLayout(0, SCORES)) * LOG2E
-    b_s = warpgroup_mma_wait(1, deps=(b_s,))
-    b_p = gl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])
-    if age is not None:
-        row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES))
-        since = age[:, None] + row[None, :]
-        b_p = gl.where((since >= 0) & (since < seen[:, None]), b_p, 0.0)
-    b_dv = warpgroup_mma(gl.convert_layout(b_p.to(dtype), LEFT), b_do, b_dv, is_async=True)
-    b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
-    b_delta = s_delta.index(STAGE).load(gl.SliceLayout(0, SCORES))
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(dtype)
-    b_ds_both.slice(HALF * 64, 64).store(b_ds)
-    fence_async_shared()
-    named_sync(9, 256)
-
-    zeros = gl.zeros([ROWS, HALF_WIDTH], gl.float32, QUERIES)
-    b_k_half = s_k.slice(HALF * HALF_WIDTH, HALF_WIDTH, dim=1)
-    b_dq = warpgroup_mma(b_ds_both.permute((1, 0)), b_k_half, zeros, use_acc=False, is_async=True)
-    b_dk = warpgroup_mma(gl.convert_layout(b_ds, LEFT), b_q, b_dk, is_async=True)
-    b_dq, b_dv = warpgroup_mma_wait(1, deps=(b_dq, b_dv))
-    mbarrier.wait(dq_empty.index(2 * STAGE + HALF), phase ^ 1)
-    s_dq.index(2 * STAGE + HALF).store(b_dq * scale)
-    fence_async_shared()
-    mbarrier.arrive(dq_full.index(2 * STAGE + HALF), count=1)
-    b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
-    mbarrier.arrive(empty.index(STAGE), count=1)
+    my_k, my_v = s_k.slice(HALF * 64, 64), s_v.slice(HALF * 64, 64)
+    for step in gl.static_range(2):
+        mbarrier.wait(full.index(step), phase)
+        b_s = begin(my_k, s_q.index(step).permute((1, 0)))
+        b_dp = begin(my_v, s_do.index(step).permute((1, 0)))
+        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        b_p = weights(b_s, s_lse.index(step), scale, age, seen, step * ROWS)
+        b_dv = warpgroup_mma(gl.convert_layout(b_p.to(dtype), LEFT), s_do.index(step), b_dv, is_async=True)
+        b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+        b_ds = slopes(b_p, b_dp, s_delta.index(step), dtype)
+        s_ds.index(step).slice(HALF * 64, 64).store(b_ds)
+        fence_async_shared()
+        named_sync(9, 256)
+        b_dq = begin(s_ds.index(step).permute((1, 0)), s_k.slice(HALF * 64, 64, dim=1))
+        b_dk = warpgroup_mma(gl.convert_layout(b_ds, LEFT), s_q.index(step), b_dk, is_async=True)
+        b_dq, b_dv = warpgroup_mma_wait(1, deps=(b_dq, b_dv))
+        mbarrier.wait(dq_empty.index(2 * step + HALF), phase ^ 1)
+        part_of(s_dq, 2 * step + HALF).store(b_dq * scale)
+        fence_async_shared()
+        mbarrier.arrive(dq_full.index(2 * step + HALF), count=1)
+        b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
+        mbarrier.arrive(empty.index(step), count=1)
     return b_dk, b_dv
 
 
 @gluon.jit
-def put(p_x, b_x, inside, ADD: gl.constexpr):
-    """Stores a tile, or adds it to what is there; nobody else touches it."""
+def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age, seen):
+    """128 rows at once: half of them is this warpgroup's half of dQ."""
+    s_k, s_v, kv_full = keys
+    s_q, s_do, s_lse, s_delta, full, empty = ring
+    s_dq, dq_full, dq_empty = adds
+    SUMS: gl.constexpr = product_layout(s_q.shape[2])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, k_width=2)
+    dtype: gl.constexpr = s_q.dtype
+    my_k, my_v = s_k.slice(HALF * 64, 64), s_v.slice(HALF * 64, 64)
+    q0, q1, do0, do1 = s_q.index(slot), s_q.index(slot + 1), s_do.index(slot), s_do.index(slot + 1)
+    mbarrier.wait(full.index(slot), phase)
+    b_s0 = begin(my_k, q0.permute((1, 0)))
+    b_dp0 = begin(my_v, do0.permute((1, 0)))
+    mbarrier.wait(full.index(slot + 1), phase)
+    b_s1 = begin(my_k, q1.permute((1, 0)))
+    b_s0 = warpgroup_mma_wait(2, deps=(b_s0,))
+    b_p0 = weights(b_s0, s_lse.index(slot), scale, age, seen, 0)
+    b_dv = warpgroup_mma(gl.convert_layout(b_p0.to(dtype), LEFT), do0, b_dv, is_async=True)
+    b_dp0 = warpgroup_mma_wait(2, deps=(b_dp0,))
+    b_ds0 = slopes(b_p0, b_dp0, s_delta.index(slot), dtype)
+    s_ds.index(slot).slice(HALF * 64, 64).store(b_ds0)
+    b_dp1 = begin(my_v, do1.permute((1, 0)))
+    b_dk = warpgroup_mma(gl.convert_layout(b_ds0, LEFT), q0, b_dk, is_async=True)
+    b_s1 = warpgroup_mma_wait(3, deps=(b_s1,))
+    b_p1 = weights(b_s1, s_lse.index(slot + 1), scale, age, seen, ROWS)
+    b_dv = warpgroup_mma(gl.convert_layout(b_p1.to(dtype), LEFT), do1, b_dv, is_async=True)
+    b_dp1 = warpgroup_mma_wait(2, deps=(b_dp1,))
+    b_ds1 = slopes(b_p1, b_dp1, s_delta.index(slot + 1), dtype)
+    s_ds.index(slot + 1).slice(HALF * 64, 64).store(b_ds1)
+    fence_async_shared()
+    named_sync(9, 256)
+    b_dq = begin(s_ds.index(slot + HALF).permute((1, 0)), s_k)
+    b_dk = warpgroup_mma(gl.convert_layout(b_ds1, LEFT), q1, b_dk, is_async=True)
+    b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
+    mbarrier.wait(dq_empty.index(HALF), (slot >> 1) ^ 1)
+    part_of(s_dq, HALF).store(b_dq * scale)
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(HALF), count=1)
+    b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
+    mbarrier.arrive(empty.index(slot), count=1)
+    mbarrier.arrive(empty.index(slot + 1), count=1)
+    return b_dk, b_dv
+
+
+@gluon.jit
+def begin(a, b):
+    """A product, under way."""
+    M: gl.constexpr = a.shape[0]
+    N: gl.constexpr = b.shape[1]
+    return warpgroup_mma(a, b, gl.zeros([M, N], gl.float32, product_layout(N)), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weights(b_s, s_lse, scale, age, seen, ROW: gl.constexpr):
+    """P of one step. Row t of the block is seen by those keys for which 0 <= age + t < seen; age None: by all."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, b_s.type.layout)
+    b_lse = s_lse.load(COLUMNS) * LOG2E
+    b_p = gl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])
+    if age is not None:
+        since = age[:, None] + (ROW + gl.arange(0, ROWS, layout=COLUMNS))[None, :]
+        b_p = gl.where((since >= 0) & (since < seen[:, None]), b_p, 0.0)
+    return b_p
+
+
+@gluon.jit
+def slopes(b_p, b_dp, s_delta, dtype: gl.constexpr):
+    """dS of one step."""
+    b_delta = s_delta.load(gl.SliceLayout(0, b_dp.type.layout))
+    return (b_p * (b_dp - b_delta[None, :])).to(dtype)
+
+
+@gluon.jit
+def part_of(s_dq, PART: gl.constexpr):
+    """Where dQ of a block waits to be added, [64, 64]: by steps, and in them by halves."""
+    return s_dq.index(PART % 2).slice(PART // 2 * 64, 64, dim=1)
+
+
+@gluon.jit
+def put(desc, b_x, s_x, coord, ADD: gl.constexpr):
+    """Stores a tile, or adds it to what is there."""
+    s_x.store(b_x)
+    fence_async_shared()
     if ADD:
-        b_x += gl.load(p_x, mask=inside, other=0.0)
-    gl.store(p_x, b_x, mask=inside)
+        reduce_add(desc, coord, s_x)
+    else:
+        tma.async_copy_shared_to_global(desc, coord, s_x)
+    tma.store_wait(0)

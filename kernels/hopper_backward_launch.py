@@ -45,7 +45,7 @@ def backward(
     add = dk is not None or dv is not None
     dk, dv = start_sum(k, dk, add), start_sum(v, dv, add)
     dq = start_sum(q, dq, True)
-    dq_rows = addable(dq)
+    dq_sum, dk_sum, dv_sum = (addable(x) for x in (dq, dk, dv))
     launch(
         gradients_kernel,
         q.device,
@@ -53,15 +53,17 @@ def backward(
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             *(per_row(x) for x in (lse, delta)),
-            described(dq_rows, ROWS, width // 2),
-            dk, dv, work.tiles, work.runs, positive(scale), keys,
+            described(dq_sum, ROWS, 64),
+            *(described(x, ROWS, width) for x in (dk_sum, dv_sum)),
+            work.tiles, work.runs, positive(scale), keys,
         ),
-        (strides(dk), strides(dv)),
-        {"GROUPS": groups, "GROUP": heads // groups, "D": d, "E": e, "num_warps": 4, "maxnreg": 168},
+        (),
+        {"GROUPS": groups, "GROUP": heads // groups, "num_warps": 4, "maxnreg": 168},
         ADD=add,
     )  # fmt: skip
-    if dq_rows is not dq:
-        dq.copy_(dq_rows)
+    for total, described_sum in ((dq, dq_sum), (dk, dk_sum), (dv, dv_sum)):
+        if described_sum is not total:
+            total.copy_(described_sum)
     return dq, dk, dv
 
 
