@@ -30,26 +30,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_tile import fetch, named_sync, product_layout, reduce_add, run_at, tile_at
+from .hopper_tile import fetch, named_sync, product_layout, reduce_add, run_at
 
 __all__ = ["gradients_kernel"]
 
 LOG2E = gl.constexpr(1.4426950408889634)
 KEYS_OF_TILE = gl.constexpr(128)
 ROWS = gl.constexpr(64)
+BLOCK = gl.constexpr(128)  # rows
+DIRECT = gl.constexpr(False)
 
 
-@gluon.jit(do_not_specialize=["KEYS"])
+@gluon.jit(do_not_specialize=["LENGTH", "KEYS"])
 def gradients_kernel(
-    q, k, v, dout, lse, delta, dq, dk, dv, tiles, runs, scale, KEYS,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, ADD: gl.constexpr,
+    q, k, v, dout, lse, delta, dq, p_dq, dk, dv, tiles, runs, scale, LENGTH, KEYS, dq_strides,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, SHIFTS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `tiles`, and dQ added to a sum.
 
-    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D]; lse and delta of [B * H, L].
+    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D]; lse and delta of [B * H * SHIFTS, L]: a
+    copy begins at row 0, the next at row 1, and so on, because TMA reads from multiples of 16 bytes only.
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
     SLOTS: gl.constexpr = 2 if WIDTH == 128 else 4
+    PARTS: gl.constexpr = WIDTH // 32
     dtype: gl.constexpr = k.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS_OF_TILE, WIDTH], dtype)
     per_row: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
@@ -66,121 +70,122 @@ def gradients_kernel(
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [WIDTH // 32, 1], mbarrier.MBarrierLayout())
-    dq_empty = gl.allocate_shared_memory(gl.int64, [WIDTH // 32, 1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
+    dq_empty = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(WIDTH // 32):
+    for i in gl.static_range(PARTS):
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_empty.index(i), count=1)
     fence_async_shared()
 
-    i_bg = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
-    i_b, i_g = i_bg // GROUPS, i_bg % GROUPS
-    key0, first, middle, end = tile_at(tiles, gl.program_id(1))
-    if key0 + KEYS_OF_TILE > KEYS:  # keys past the end are zeros, but P of a zero need not be finite
-        middle = first
-    place = (i_b, i_g, key0)
-    walk = (runs, first, middle, end)
     keys = (s_k, s_v, kv_full)
     ring = (s_q, s_do, s_lse, s_delta, full, empty)
-    adds = (s_dq, dq_full, dq_empty)
+    adds = (s_dq, dq_full, dq_empty, p_dq, dq_strides, LENGTH, D)
     gl.warp_specialize([
-        (compute, (0, dk, dv, scale, keys, ring, s_ds, adds, place, walk, GROUP, ADD)),
-        (compute, (1, dk, dv, scale, keys, ring, s_ds, adds, place, walk, GROUP, ADD)),
-        (load, (q, k, v, dout, lse, delta, keys, ring, place, walk, GROUPS, GROUP)),
-        (add, (dq, adds, place, walk, GROUP)),
+        (compute, (0, dk, dv, scale, KEYS, keys, ring, s_ds, adds, tiles, runs, GROUPS, GROUP, ADD)),
+        (compute, (1, dk, dv, scale, KEYS, keys, ring, s_ds, adds, tiles, runs, GROUPS, GROUP, ADD)),
+        (load, (q, k, v, dout, lse, delta, keys, ring, tiles, runs, GROUPS, GROUP, SHIFTS)),
+        (add, (dq, adds, tiles, runs, GROUPS, GROUP)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
 @gluon.jit
-def load(q, k, v, dout, lse, delta, keys, ring, place, walk, GROUPS: gl.constexpr, GROUP: gl.constexpr):
+def load(
+    q, k, v, dout, lse, delta, keys, ring, tiles, runs,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHIFTS: gl.constexpr,
+):  # fmt: skip
     """Keys and values once, then blocks of rows as fast as they are used up."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
-    i_b, i_g, key0 = place
-    runs, first, middle, end = walk
+    i_b, i_g, key0, first, end = locate(tiles, GROUPS)
     mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
     fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
     slot, phase = 0, 1
     for i_run in range(first, end):
-        start, length, shift, low, high, window = run_at(runs, i_run)
+        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
         for i_h in range(i_g * GROUP, (i_g + 1) * GROUP):
-            i_bh = i_b * GROUPS * GROUP + i_h
-            for row in range(start, start + length, 2 * ROWS):
+            odd = start % SHIFTS
+            i_bhs = (i_b * GROUPS * GROUP + i_h) * SHIFTS + odd
+            for row in range(start, start + length, BLOCK):
                 for step in gl.static_range(2):
                     i, j = slot + step, row + step * ROWS
                     mbarrier.wait(empty.index(i), phase)
                     mbarrier.expect(full.index(i), 2 * q.block_type.nbytes + 8 * ROWS)
                     fetch(q, [i_b, i_h, j, 0], full.index(i), s_q.index(i))
-                    fetch(lse, [i_bh, j], full.index(i), s_lse.index(i))
+                    fetch(lse, [i_bhs, j - odd], full.index(i), s_lse.index(i))
                     fetch(dout, [i_b, i_h, j, 0], full.index(i), s_do.index(i))
-                    fetch(delta, [i_bh, j], full.index(i), s_delta.index(i))
+                    fetch(delta, [i_bhs, j - odd], full.index(i), s_delta.index(i))
                 slot, phase = advance(slot, phase, s_q.shape[0])
 
 
 @gluon.jit
-def add(dq, adds, place, walk, GROUP: gl.constexpr):
+def add(dq, adds, tiles, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr):
     """Both halves of dQ of every block, as they come, to the sum in memory."""
-    s_dq, dq_full, dq_empty = adds
-    i_b, i_g, key0 = place
-    runs, first, middle, end = walk
+    s_dq, dq_full, dq_empty, p_dq, dq_strides, LENGTH, D = adds
+    i_b, i_g, key0, first, end = locate(tiles, GROUPS)
     PARTS: gl.constexpr = s_dq.shape[2] // 32
     phase = 0
-    for i_run in range(first, end):
-        start, length, shift, low, high, window = run_at(runs, i_run)
-        for i_h in range(i_g * GROUP, (i_g + 1) * GROUP):
-            for row in range(start, start + length, 2 * ROWS):
-                for pair in gl.static_range(0, PARTS, 2):
-                    for i in gl.static_range(pair, pair + 2):
-                        mbarrier.wait(dq_full.index(i), phase)
-                        reduce_add(dq, [i_b, i_h, row + i // (PARTS // 2) * ROWS, i % (PARTS // 2) * 64], part_of(s_dq, i))
-                    tma.store_wait(0)
-                    for i in gl.static_range(pair, pair + 2):
-                        mbarrier.arrive(dq_empty.index(i), count=1)
-                phase ^= 1
+    if not DIRECT:
+        for i_run in range(first, end):
+            start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+            for i_h in range(i_g * GROUP, (i_g + 1) * GROUP):
+                for row in range(start, start + length, BLOCK):
+                    for pair in gl.static_range(0, PARTS, 2):
+                        for i in gl.static_range(pair, pair + 2):
+                            mbarrier.wait(dq_full.index(i), phase)
+                            reduce_add(dq, [i_b, i_h, row + i // (PARTS // 2) * ROWS, i % (PARTS // 2) * 64], part_of(s_dq, i))
+                        tma.store_wait(0)
+                        for i in gl.static_range(pair, pair + 2):
+                            mbarrier.arrive(dq_empty.index(i), count=1)
+                    phase ^= 1
 
 
 @gluon.jit
 def compute(
-    HALF: gl.constexpr, dk, dv, scale, keys, ring, s_ds, adds, place, walk, GROUP: gl.constexpr, ADD: gl.constexpr,
+    HALF: gl.constexpr, dk, dv, scale, KEYS, keys, ring, s_ds, adds, tiles, runs,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One half of the tile's keys: their dK and dV, and one half of dQ of every block."""
     s_k, s_v, kv_full = keys
-    s_dq, dq_full, dq_empty = adds
-    i_b, i_g, key0 = place
-    runs, first, middle, end = walk
+    s_dq, dq_full, dq_empty, p_dq, dq_strides, LENGTH, D = adds
+    i_b, i_g, key0, first, end = locate(tiles, GROUPS)
     WIDTH: gl.constexpr = s_k.shape[1]
     SUMS: gl.constexpr = product_layout(WIDTH)
-    key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, product_layout(ROWS)))
+    SLOTS: gl.constexpr = ring[0].shape[0]
+    block: gl.constexpr = wide_block if WIDTH == 128 else narrow_block
     b_dk = gl.zeros([64, WIDTH], gl.float32, SUMS)
     b_dv = gl.zeros([64, WIDTH], gl.float32, SUMS)
+    ragged = key0 + KEYS_OF_TILE > KEYS  # keys past the end are zeros, but P of a zero need not be finite
     mbarrier.wait(kv_full, 0)
-    SLOTS: gl.constexpr = ring[0].shape[0]
-    step: gl.constexpr = wide_block if WIDTH == 128 else narrow_block
     slot, phase = 0, 0
-    whole = 0
-    for i_run in range(first, middle):
-        whole += gl.load(runs + 6 * i_run + 1)
-    for i in tl.range(whole // (2 * ROWS) * GROUP, disable_licm=True):
-        b_dk, b_dv = step(HALF, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, None, None)
-        slot, phase = advance(slot, phase, SLOTS)
-    for i_run in tl.range(middle, end, disable_licm=True):
-        start, length, shift, low, high, window = run_at(runs, i_run)
-        age = shift - key
-        seen = gl.where((key >= low) & (key < high), gl.minimum(length + age, window), 0)
-        for i_h in tl.range(GROUP, disable_licm=True):
-            for j in tl.range(0, length, 2 * ROWS, disable_licm=True):
-                b_dk, b_dv = step(HALF, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age + j, seen)
+    for i_run in tl.range(first, end, disable_licm=True):
+        p_run = runs + 8 * i_run
+        start, length, head, tail = gl.load(p_run), gl.load(p_run + 1), gl.load(p_run + 2), gl.load(p_run + 3)
+        tail = gl.where(ragged, head, tail)
+        for i_h in tl.range(i_g * GROUP, (i_g + 1) * GROUP, disable_licm=True):
+            for j in tl.range(0, length, BLOCK, disable_licm=True):
+                masked = (j < head) | (j >= tail)
+                b_dk, b_dv = block(HALF, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked, (i_b, i_h, start + j))
                 slot, phase = advance(slot, phase, SLOTS)
 
-    for part in gl.static_range(2 * WIDTH // 128):
-        mbarrier.wait(dq_empty.index(2 * part + HALF), (phase if SLOTS == 2 else slot >> 1) ^ 1)
+    if not DIRECT:
+        for part in gl.static_range(WIDTH // 64):
+            mbarrier.wait(dq_empty.index(2 * part + HALF), (phase if SLOTS == 2 else slot >> 1) ^ 1)
+    i_b, i_g, key0, first, end = locate(tiles, GROUPS)
     put(dv, b_dv, s_dq.index(HALF), [i_b, i_g, key0 + HALF * 64, 0], ADD)
     put(dk, b_dk * scale, s_dq.index(HALF), [i_b, i_g, key0 + HALF * 64, 0], ADD)
+
+
+@gluon.jit
+def locate(tiles, GROUPS: gl.constexpr):
+    """Batch, key/value head, first key, first run and end of the runs of this program's tile."""
+    i_bg = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+    p_tile = tiles + 3 * gl.program_id(1)
+    return i_bg // GROUPS, i_bg % GROUPS, gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2)
 
 
 @gluon.jit
@@ -193,11 +198,10 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age, seen):
+def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked, where):
     """Two steps of 64 rows each."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
-    s_dq, dq_full, dq_empty = adds
     SUMS: gl.constexpr = product_layout(s_q.shape[2])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, k_width=2)
     dtype: gl.constexpr = s_q.dtype
@@ -207,7 +211,7 @@ def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_
         b_s = begin(my_k, s_q.index(step).permute((1, 0)))
         b_dp = begin(my_v, s_do.index(step).permute((1, 0)))
         b_s = warpgroup_mma_wait(1, deps=(b_s,))
-        b_p = weights(b_s, s_lse.index(step), scale, age, seen, step * ROWS)
+        b_p = weights(b_s, s_lse.index(step), scale, p_run, j + step * ROWS, masked, HALF)
         b_dv = warpgroup_mma(gl.convert_layout(b_p.to(dtype), LEFT), s_do.index(step), b_dv, is_async=True)
         b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
         b_ds = slopes(b_p, b_dp, s_delta.index(step), dtype)
@@ -217,21 +221,17 @@ def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_
         b_dq = begin(s_ds.index(step).permute((1, 0)), s_k.slice(HALF * 64, 64, dim=1))
         b_dk = warpgroup_mma(gl.convert_layout(b_ds, LEFT), s_q.index(step), b_dk, is_async=True)
         b_dq, b_dv = warpgroup_mma_wait(1, deps=(b_dq, b_dv))
-        mbarrier.wait(dq_empty.index(2 * step + HALF), phase ^ 1)
-        part_of(s_dq, 2 * step + HALF).store(b_dq * scale)
-        fence_async_shared()
-        mbarrier.arrive(dq_full.index(2 * step + HALF), count=1)
+        hand_over(b_dq * scale, adds, 2 * step + HALF, phase, where, step * ROWS, HALF * 64)
         b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
         mbarrier.arrive(empty.index(step), count=1)
     return b_dk, b_dv
 
 
 @gluon.jit
-def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, age, seen):
+def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked, where):
     """128 rows at once: half of them is this warpgroup's half of dQ."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
-    s_dq, dq_full, dq_empty = adds
     SUMS: gl.constexpr = product_layout(s_q.shape[2])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, k_width=2)
     dtype: gl.constexpr = s_q.dtype
@@ -243,7 +243,7 @@ def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, 
     mbarrier.wait(full.index(slot + 1), phase)
     b_s1 = begin(my_k, q1.permute((1, 0)))
     b_s0 = warpgroup_mma_wait(2, deps=(b_s0,))
-    b_p0 = weights(b_s0, s_lse.index(slot), scale, age, seen, 0)
+    b_p0 = weights(b_s0, s_lse.index(slot), scale, p_run, j, masked, HALF)
     b_dv = warpgroup_mma(gl.convert_layout(b_p0.to(dtype), LEFT), do0, b_dv, is_async=True)
     b_dp0 = warpgroup_mma_wait(2, deps=(b_dp0,))
     b_ds0 = slopes(b_p0, b_dp0, s_delta.index(slot), dtype)
@@ -251,7 +251,7 @@ def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, 
     b_dp1 = begin(my_v, do1.permute((1, 0)))
     b_dk = warpgroup_mma(gl.convert_layout(b_ds0, LEFT), q0, b_dk, is_async=True)
     b_s1 = warpgroup_mma_wait(3, deps=(b_s1,))
-    b_p1 = weights(b_s1, s_lse.index(slot + 1), scale, age, seen, ROWS)
+    b_p1 = weights(b_s1, s_lse.index(slot + 1), scale, p_run, j + ROWS, masked, HALF)
     b_dv = warpgroup_mma(gl.convert_layout(b_p1.to(dtype), LEFT), do1, b_dv, is_async=True)
     b_dp1 = warpgroup_mma_wait(2, deps=(b_dp1,))
     b_ds1 = slopes(b_p1, b_dp1, s_delta.index(slot + 1), dtype)
@@ -261,10 +261,7 @@ def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, 
     b_dq = begin(s_ds.index(slot + HALF).permute((1, 0)), s_k)
     b_dk = warpgroup_mma(gl.convert_layout(b_ds1, LEFT), q1, b_dk, is_async=True)
     b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-    mbarrier.wait(dq_empty.index(HALF), (slot >> 1) ^ 1)
-    part_of(s_dq, HALF).store(b_dq * scale)
-    fence_async_shared()
-    mbarrier.arrive(dq_full.index(HALF), count=1)
+    hand_over(b_dq * scale, adds, HALF, slot >> 1, where, HALF * ROWS, 0)
     b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
     mbarrier.arrive(empty.index(slot), count=1)
     mbarrier.arrive(empty.index(slot + 1), count=1)
@@ -280,14 +277,18 @@ def begin(a, b):
 
 
 @gluon.jit
-def weights(b_s, s_lse, scale, age, seen, ROW: gl.constexpr):
-    """P of one step. Row t of the block is seen by those keys for which 0 <= age + t < seen; age None: by all."""
+def weights(b_s, s_lse, scale, p_run, j, masked, HALF: gl.constexpr):
+    """P of the rows from j on."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, b_s.type.layout)
     b_lse = s_lse.load(COLUMNS) * LOG2E
     b_p = gl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])
-    if age is not None:
-        since = age[:, None] + (ROW + gl.arange(0, ROWS, layout=COLUMNS))[None, :]
-        b_p = gl.where((since >= 0) & (since < seen[:, None]), b_p, 0.0)
+    if masked:
+        start, length, head, tail, shift, low, high, window = run_at(p_run, 0)
+        key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, b_s.type.layout))
+        first_row = key - shift - j
+        span = gl.where((key >= low) & (key < high), gl.minimum(gl.maximum(length - j - first_row, 0), window), 0)
+        row = gl.arange(0, ROWS, layout=COLUMNS)
+        b_p = gl.where((row[None, :] - first_row[:, None]).to(gl.uint32) < span.to(gl.uint32)[:, None], b_p, 0.0)
     return b_p
 
 
@@ -296,6 +297,24 @@ def slopes(b_p, b_dp, s_delta, dtype: gl.constexpr):
     """dS of one step."""
     b_delta = s_delta.load(gl.SliceLayout(0, b_dp.type.layout))
     return (b_p * (b_dp - b_delta[None, :])).to(dtype)
+
+
+@gluon.jit
+def hand_over(b_dq, adds, PART: gl.constexpr, phase, where, ROW: gl.constexpr, COLUMN: gl.constexpr):
+    """Half of dQ of a block to the sum."""
+    s_dq, dq_full, dq_empty, p_dq, dq_strides, LENGTH, D = adds
+    if DIRECT:
+        i_b, i_h, row0 = where
+        row = row0 + ROW + gl.arange(0, 64, layout=gl.SliceLayout(1, b_dq.type.layout))
+        column = COLUMN + gl.arange(0, 64, layout=gl.SliceLayout(0, b_dq.type.layout))
+        p_x = p_dq + i_b.to(gl.int64) * dq_strides[0] + i_h.to(gl.int64) * dq_strides[2]
+        mask = (row < LENGTH)[:, None]
+        gl.atomic_add(p_x + row.to(gl.int64)[:, None] * dq_strides[1] + column[None, :], b_dq, mask=mask, sem="relaxed")
+    else:
+        mbarrier.wait(dq_empty.index(PART), phase ^ 1)
+        part_of(s_dq, PART).store(b_dq)
+        fence_async_shared()
+        mbarrier.arrive(dq_full.index(PART), count=1)
 
 
 @gluon.jit

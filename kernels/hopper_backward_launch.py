@@ -12,9 +12,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_backward import gradients_kernel
 from .segments import Segments
-from .tiles import key_tiles
+from .tiles import Work, key_tiles
 from .triton_arguments import block_width, describe, strides
-from .triton_launch import grid, launch, lower, positive, start_sum
+from .triton_launch import grid, launch, positive, start_sum
 
 __all__ = ["backward"]
 
@@ -41,7 +41,7 @@ def backward(
     batch, rows, heads, d = q.shape
     _, keys, groups, e = v.shape
     width = max(64, block_width(max(d, e)))
-    work = lower(key_tiles, segments, keys, KEYS, 2 * ROWS, q.device)
+    work, shifts = segments.derive((backward, keys, q.device), lambda s: lowered(s, keys, q.device))
     add = dk is not None or dv is not None
     dk, dv = start_sum(k, dk, add), start_sum(v, dv, add)
     dq = start_sum(q, dq, True)
@@ -52,13 +52,13 @@ def backward(
         grid(work.busy if add else len(work.tiles), batch * groups, 1, q, dout),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
-            *(per_row(x) for x in (lse, delta)),
-            described(dq_sum, ROWS, 64),
+            *(per_row(x, shifts) for x in (lse, delta)),
+            described(dq_sum, ROWS, 64), dq_sum,
             *(described(x, ROWS, width) for x in (dk_sum, dv_sum)),
-            work.tiles, work.runs, positive(scale), keys,
+            work.tiles, work.runs, positive(scale), rows, keys,
         ),
-        (),
-        {"GROUPS": groups, "GROUP": heads // groups, "num_warps": 4, "maxnreg": 168},
+        (strides(dq_sum),),
+        {"GROUPS": groups, "GROUP": heads // groups, "D": d, "SHIFTS": shifts, "num_warps": 4, "maxnreg": 168},
         ADD=add,
     )  # fmt: skip
     for total, described_sum in ((dq, dq_sum), (dk, dk_sum), (dv, dv_sum)):
@@ -90,9 +90,20 @@ def addable(dq: Tensor) -> Tensor:
     return dq if dq.data_ptr() % 16 == 0 and describe(dq.shape, dq.stride(), 4, ROWS) else dq.contiguous()
 
 
-def per_row(x: Tensor) -> TensorDescriptor:
-    """A descriptor of one number per row, [B, H, L], as [B * H, L]."""
-    x = pad(x, (0, -x.shape[-1] % 4)).flatten(0, 1).contiguous()
+def lowered(segments: Segments, keys: int, device: torch.device) -> tuple[Work, int]:
+    """The tables of the backward, and how many copies of what there is one number per row of they need: TMA reads from
+    multiples of 16 bytes only, so runs that start anywhere need copies that start at each of 4 rows."""
+    work = key_tiles(segments, keys, KEYS, 2 * ROWS)
+    return work.to(device), 4 if (work.runs[:, 0] % 4).any() else 1
+
+
+def per_row(x: Tensor, shifts: int) -> TensorDescriptor:
+    """A descriptor of [B * H * shifts, L] for x [B, H, L]: copies of every row of x that start at 0, 1, ..."""
+    length = x.shape[-1]
+    even = -length % 4
+    copies = [pad(x[..., i:], (0, even + i)) for i in range(shifts)]
+    x = torch.stack(copies, 2) if shifts > 1 else copies[0].contiguous()
+    x = x.view(-1, length + even)
     return CheckedDescriptor(x, list(x.shape), [x.shape[1], 1], [1, ROWS], layout((1, ROWS), x.dtype))
 
 

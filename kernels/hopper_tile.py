@@ -13,8 +13,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import _core
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["fetch", "named_sync", "product_layout", "reduce_add", "run_at", "tile_at"]
+from . import triton_tile
 
+__all__ = ["fetch", "named_sync", "product_layout", "reduce_add", "run_at"]
+
+run_at = gluon.jit(triton_tile.run_at.fn)
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.6
 
 
@@ -42,19 +45,3 @@ def reduce_add(desc, coord, src, _semantic=None):
     """TMA from shared memory that adds to what is in memory: `tma.async_atomic_add` since Triton 3.8."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
-
-
-@gluon.jit
-def tile_at(tiles, i_tile):
-    """First row (or key), first run, first masked run, end of runs of one tile (`tiles.Work`)."""
-    p_tile = tiles + 4 * i_tile
-    return gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2), gl.load(p_tile + 3)
-
-
-@gluon.jit
-def run_at(runs, i_run):
-    """start, length, shift, low, high, window of one run (`tiles.Work`)."""
-    p_run = runs + 6 * i_run
-    start, length, shift = gl.load(p_run), gl.load(p_run + 1), gl.load(p_run + 2)
-    low, high, window = gl.load(p_run + 3), gl.load(p_run + 4), gl.load(p_run + 5)
-    return start, length, shift, low, high, window
