@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_tile import fetch, named_sync, product_layout, reduce_add, run_at
+from .hopper_tile import await_turn, fetch, named_sync, product_layout, reduce_add, reduced, run_at
 
 __all__ = ["gradients_kernel"]
 
@@ -38,13 +38,12 @@ LOG2E = gl.constexpr(1.4426950408889634)
 KEYS_OF_TILE = gl.constexpr(128)
 ROWS = gl.constexpr(64)
 BLOCK = gl.constexpr(128)  # rows
-DIRECT = gl.constexpr(False)
 
 
-@gluon.jit(do_not_specialize=["LENGTH", "KEYS"])
+@gluon.jit(do_not_specialize=["KEYS", "CELLS"])
 def gradients_kernel(
-    q, k, v, dout, lse, delta, dq, p_dq, dk, dv, tiles, runs, scale, LENGTH, KEYS, dq_strides,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, SHIFTS: gl.constexpr, ADD: gl.constexpr,
+    q, k, v, dout, lse, delta, dq, dk, dv, tiles, runs, visits, turns, counters, scale, KEYS, CELLS,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, SHIFTS: gl.constexpr, ADD: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `tiles`, and dQ added to a sum.
 
@@ -83,31 +82,31 @@ def gradients_kernel(
 
     keys = (s_k, s_v, kv_full)
     ring = (s_q, s_do, s_lse, s_delta, full, empty)
-    adds = (s_dq, dq_full, dq_empty, p_dq, dq_strides, LENGTH, D)
+    adds = (s_dq, dq_full, dq_empty)
     gl.warp_specialize([
-        (compute, (0, dk, dv, scale, KEYS, keys, ring, s_ds, adds, tiles, runs, GROUPS, GROUP, ADD)),
-        (compute, (1, dk, dv, scale, KEYS, keys, ring, s_ds, adds, tiles, runs, GROUPS, GROUP, ADD)),
-        (load, (q, k, v, dout, lse, delta, keys, ring, tiles, runs, GROUPS, GROUP, SHIFTS)),
-        (add, (dq, adds, tiles, runs, GROUPS, GROUP)),
+        (compute, (0, dk, dv, scale, KEYS, keys, ring, s_ds, adds, tiles, runs, GROUPS, GROUP, SHARE, ADD)),
+        (compute, (1, dk, dv, scale, KEYS, keys, ring, s_ds, adds, tiles, runs, GROUPS, GROUP, SHARE, ADD)),
+        (load, (q, k, v, dout, lse, delta, keys, ring, tiles, runs, GROUPS, GROUP, SHARE, SHIFTS)),
+        (add, (dq, adds, tiles, runs, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
 @gluon.jit
 def load(
     q, k, v, dout, lse, delta, keys, ring, tiles, runs,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHIFTS: gl.constexpr,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, SHIFTS: gl.constexpr,
 ):  # fmt: skip
     """Keys and values once, then blocks of rows as fast as they are used up."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
-    i_b, i_g, key0, first, end = locate(tiles, GROUPS)
+    i_b, i_g, head0, key0, first, end = locate(tiles, GROUPS, GROUP, SHARE)
     mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
     fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
     slot, phase = 0, 1
     for i_run in range(first, end):
         start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
-        for i_h in range(i_g * GROUP, (i_g + 1) * GROUP):
+        for i_h in range(head0, head0 + SHARE):
             odd = start % SHIFTS
             i_bhs = (i_b * GROUPS * GROUP + i_h) * SHIFTS + odd
             for row in range(start, start + length, BLOCK):
@@ -123,36 +122,54 @@ def load(
 
 
 @gluon.jit
-def add(dq, adds, tiles, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr):
-    """Both halves of dQ of every block, as they come, to the sum in memory."""
-    s_dq, dq_full, dq_empty, p_dq, dq_strides, LENGTH, D = adds
-    i_b, i_g, key0, first, end = locate(tiles, GROUPS)
+def add(
+    dq, adds, tiles, runs, visits, turns, counters, CELLS,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    """Both halves of dQ of every block, as they come, to the sum in memory; where the order matters, when it is this
+    tile's turn (`turns.py`)."""
+    s_dq, dq_full, dq_empty = adds
+    i_b, i_g, head0, key0, first, end = locate(tiles, GROUPS, GROUP, SHARE)
     PARTS: gl.constexpr = s_dq.shape[2] // 32
     phase = 0
-    if not DIRECT:
-        for i_run in range(first, end):
-            start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
-            for i_h in range(i_g * GROUP, (i_g + 1) * GROUP):
-                for row in range(start, start + length, BLOCK):
-                    for pair in gl.static_range(0, PARTS, 2):
-                        for i in gl.static_range(pair, pair + 2):
-                            mbarrier.wait(dq_full.index(i), phase)
-                            reduce_add(dq, [i_b, i_h, row + i // (PARTS // 2) * ROWS, i % (PARTS // 2) * 64], part_of(s_dq, i))
-                        tma.store_wait(0)
-                        for i in gl.static_range(pair, pair + 2):
-                            mbarrier.arrive(dq_empty.index(i), count=1)
-                    phase ^= 1
+    for i_run in range(first, end):
+        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+        for i_h in range(head0, head0 + SHARE):
+            if ORDERED:
+                p_turn = turns + 2 * gl.load(visits + i_run)
+            for row in range(start, start + length, BLOCK):
+                if ORDERED:
+                    turn, next_turn = gl.load(p_turn), gl.load(p_turn + 1)
+                    p_counter = counters + (i_b * GROUPS * GROUP + i_h) * CELLS + row // BLOCK
+                    await_turn(p_counter, turn)
+                    if next_turn >= 0:
+                        await_turn(p_counter + 1, next_turn)
+                for pair in gl.static_range(0, PARTS, 2):
+                    for i in gl.static_range(pair, pair + 2):
+                        mbarrier.wait(dq_full.index(i), phase)
+                        j = row + i // (PARTS // 2) * ROWS
+                        reduce_add(dq, [i_b, i_h, j, i % (PARTS // 2) * 64], part_of(s_dq, i))
+                    tma.store_wait(0)
+                    for i in gl.static_range(pair, pair + 2):
+                        mbarrier.arrive(dq_empty.index(i), count=1)
+                if ORDERED:
+                    reduced()
+                    gl.atomic_add(p_counter, 1, sem="release")
+                    if next_turn >= 0:
+                        gl.atomic_add(p_counter + 1, 1, sem="release")
+                    p_turn += 2
+                phase ^= 1
 
 
 @gluon.jit
 def compute(
     HALF: gl.constexpr, dk, dv, scale, KEYS, keys, ring, s_ds, adds, tiles, runs,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, ADD: gl.constexpr,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One half of the tile's keys: their dK and dV, and one half of dQ of every block."""
     s_k, s_v, kv_full = keys
-    s_dq, dq_full, dq_empty, p_dq, dq_strides, LENGTH, D = adds
-    i_b, i_g, key0, first, end = locate(tiles, GROUPS)
+    s_dq, dq_full, dq_empty = adds
+    i_b, i_g, head0, key0, first, end = locate(tiles, GROUPS, GROUP, SHARE)
     WIDTH: gl.constexpr = s_k.shape[1]
     SUMS: gl.constexpr = product_layout(WIDTH)
     SLOTS: gl.constexpr = ring[0].shape[0]
@@ -166,26 +183,29 @@ def compute(
         p_run = runs + 8 * i_run
         start, length, head, tail = gl.load(p_run), gl.load(p_run + 1), gl.load(p_run + 2), gl.load(p_run + 3)
         tail = gl.where(ragged, head, tail)
-        for i_h in tl.range(i_g * GROUP, (i_g + 1) * GROUP, disable_licm=True):
+        for i_h in tl.range(head0, head0 + SHARE, disable_licm=True):
             for j in tl.range(0, length, BLOCK, disable_licm=True):
                 masked = (j < head) | (j >= tail)
-                b_dk, b_dv = block(HALF, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked, (i_b, i_h, start + j))
+                b_dk, b_dv = block(HALF, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked)
                 slot, phase = advance(slot, phase, SLOTS)
 
-    if not DIRECT:
-        for part in gl.static_range(WIDTH // 64):
-            mbarrier.wait(dq_empty.index(2 * part + HALF), (phase if SLOTS == 2 else slot >> 1) ^ 1)
-    i_b, i_g, key0, first, end = locate(tiles, GROUPS)
+    for part in gl.static_range(WIDTH // 64):
+        mbarrier.wait(dq_empty.index(2 * part + HALF), (phase if SLOTS == 2 else slot >> 1) ^ 1)
+    i_b, i_g, head0, key0, first, end = locate(tiles, GROUPS, GROUP, SHARE)
     put(dv, b_dv, s_dq.index(HALF), [i_b, i_g, key0 + HALF * 64, 0], ADD)
     put(dk, b_dk * scale, s_dq.index(HALF), [i_b, i_g, key0 + HALF * 64, 0], ADD)
 
 
 @gluon.jit
-def locate(tiles, GROUPS: gl.constexpr):
-    """Batch, key/value head, first key, first run and end of the runs of this program's tile."""
-    i_bg = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+def locate(tiles, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+    """Batch, key/value head, first query head, first key, first run and end of the runs of this program."""
+    i_share = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+    SHARES: gl.constexpr = GROUP // SHARE
+    i_bg = i_share // SHARES
+    i_g = i_bg % GROUPS
     p_tile = tiles + 3 * gl.program_id(1)
-    return i_bg // GROUPS, i_bg % GROUPS, gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2)
+    head0 = i_g * GROUP + i_share % SHARES * SHARE
+    return i_bg // GROUPS, i_g, head0, gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2)
 
 
 @gluon.jit
@@ -198,7 +218,7 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked, where):
+def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked):
     """Two steps of 64 rows each."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
@@ -221,14 +241,14 @@ def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_
         b_dq = begin(s_ds.index(step).permute((1, 0)), s_k.slice(HALF * 64, 64, dim=1))
         b_dk = warpgroup_mma(gl.convert_layout(b_ds, LEFT), s_q.index(step), b_dk, is_async=True)
         b_dq, b_dv = warpgroup_mma_wait(1, deps=(b_dq, b_dv))
-        hand_over(b_dq * scale, adds, 2 * step + HALF, phase, where, step * ROWS, HALF * 64)
+        hand_over(b_dq * scale, adds, 2 * step + HALF, phase)
         b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
         mbarrier.arrive(empty.index(step), count=1)
     return b_dk, b_dv
 
 
 @gluon.jit
-def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked, where):
+def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked):
     """128 rows at once: half of them is this warpgroup's half of dQ."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
@@ -261,7 +281,7 @@ def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, 
     b_dq = begin(s_ds.index(slot + HALF).permute((1, 0)), s_k)
     b_dk = warpgroup_mma(gl.convert_layout(b_ds1, LEFT), q1, b_dk, is_async=True)
     b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-    hand_over(b_dq * scale, adds, HALF, slot >> 1, where, HALF * ROWS, 0)
+    hand_over(b_dq * scale, adds, HALF, slot >> 1)
     b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
     mbarrier.arrive(empty.index(slot), count=1)
     mbarrier.arrive(empty.index(slot + 1), count=1)
@@ -300,21 +320,13 @@ def slopes(b_p, b_dp, s_delta, dtype: gl.constexpr):
 
 
 @gluon.jit
-def hand_over(b_dq, adds, PART: gl.constexpr, phase, where, ROW: gl.constexpr, COLUMN: gl.constexpr):
-    """Half of dQ of a block to the sum."""
-    s_dq, dq_full, dq_empty, p_dq, dq_strides, LENGTH, D = adds
-    if DIRECT:
-        i_b, i_h, row0 = where
-        row = row0 + ROW + gl.arange(0, 64, layout=gl.SliceLayout(1, b_dq.type.layout))
-        column = COLUMN + gl.arange(0, 64, layout=gl.SliceLayout(0, b_dq.type.layout))
-        p_x = p_dq + i_b.to(gl.int64) * dq_strides[0] + i_h.to(gl.int64) * dq_strides[2]
-        mask = (row < LENGTH)[:, None]
-        gl.atomic_add(p_x + row.to(gl.int64)[:, None] * dq_strides[1] + column[None, :], b_dq, mask=mask, sem="relaxed")
-    else:
-        mbarrier.wait(dq_empty.index(PART), phase ^ 1)
-        part_of(s_dq, PART).store(b_dq)
-        fence_async_shared()
-        mbarrier.arrive(dq_full.index(PART), count=1)
+def hand_over(b_dq, adds, PART: gl.constexpr, phase):
+    """Half of dQ of a block to the one that adds it."""
+    s_dq, dq_full, dq_empty = adds
+    mbarrier.wait(dq_empty.index(PART), phase ^ 1)
+    part_of(s_dq, PART).store(b_dq)
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(PART), count=1)
 
 
 @gluon.jit

@@ -13,12 +13,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper_backward import gradients_kernel
 from .segments import Segments
 from .tiles import Work, key_tiles
-from .triton_arguments import block_width, describe, strides
+from .triton_arguments import block_width, describe
 from .triton_launch import grid, launch, positive, start_sum
+from .turns import Turns, turns_of
 
 __all__ = ["backward"]
 
-KEYS, ROWS = 128, 64  # of a tile, and of a step; a block of rows is two steps
+KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
@@ -40,26 +41,36 @@ def backward(
     """`Kernel.backward`, for head dims up to 128."""
     batch, rows, heads, d = q.shape
     _, keys, groups, e = v.shape
+    group = heads // groups
     width = max(64, block_width(max(d, e)))
-    work, shifts = segments.derive((backward, keys, q.device), lambda s: lowered(s, keys, q.device))
-    add = dk is not None or dv is not None
-    dk, dv = start_sum(k, dk, add), start_sum(v, dv, add)
+    work, shifts = segments.derive((backward, keys, q.device), lambda s: lower(s, keys, q.device))
+    running = dk is not None or dv is not None
+    tiles = work.busy if running else len(work.tiles)
+    shares = 2 if group % 2 == 0 and not running and tiles * batch * groups < 2 * processors(q.device) else 1
+    dk, dv = start_sum(k, dk, running or shares > 1), start_sum(v, dv, running or shares > 1)
     dq = start_sum(q, dq, True)
     dq_sum, dk_sum, dv_sum = (addable(x) for x in (dq, dk, dv))
+    cells = -(-rows // BLOCK)
+    if deterministic:
+        turns = segments.derive((turns_of, keys, q.device), lambda s: turns_of(tables(s, keys), BLOCK).to(q.device))
+        counters = torch.zeros(batch * heads * cells, dtype=torch.int32, device=q.device)
+    else:
+        turns, counters = Turns(work.runs, work.runs), work.runs  # not read
     launch(
         gradients_kernel,
         q.device,
-        grid(work.busy if add else len(work.tiles), batch * groups, 1, q, dout),
+        grid(tiles, batch * groups, shares, q, dout),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             *(per_row(x, shifts) for x in (lse, delta)),
-            described(dq_sum, ROWS, 64), dq_sum,
+            described(dq_sum, ROWS, 64),
             *(described(x, ROWS, width) for x in (dk_sum, dv_sum)),
-            work.tiles, work.runs, positive(scale), rows, keys,
+            work.tiles, work.runs, *turns, counters, positive(scale), keys, cells,
         ),
-        (strides(dq_sum),),
-        {"GROUPS": groups, "GROUP": heads // groups, "D": d, "SHIFTS": shifts, "num_warps": 4, "maxnreg": 168},
-        ADD=add,
+        (),
+        {"GROUPS": groups, "GROUP": group, "SHARE": group // shares, "SHIFTS": shifts, "num_warps": 4, "maxnreg": 168},
+        ADD=running or shares > 1,
+        ORDERED=deterministic,
     )  # fmt: skip
     for total, described_sum in ((dq, dq_sum), (dk, dk_sum), (dv, dv_sum)):
         if described_sum is not total:
@@ -90,11 +101,20 @@ def addable(dq: Tensor) -> Tensor:
     return dq if dq.data_ptr() % 16 == 0 and describe(dq.shape, dq.stride(), 4, ROWS) else dq.contiguous()
 
 
-def lowered(segments: Segments, keys: int, device: torch.device) -> tuple[Work, int]:
+def lower(segments: Segments, keys: int, device: torch.device) -> tuple[Work, int]:
     """The tables of the backward, and how many copies of what there is one number per row of they need: TMA reads from
     multiples of 16 bytes only, so runs that start anywhere need copies that start at each of 4 rows."""
-    work = key_tiles(segments, keys, KEYS, 2 * ROWS)
+    work = tables(segments, keys)
     return work.to(device), 4 if (work.runs[:, 0] % 4).any() else 1
+
+
+def tables(segments: Segments, keys: int) -> Work:
+    return key_tiles(segments, keys, KEYS, BLOCK)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def per_row(x: Tensor, shifts: int) -> TensorDescriptor:
