@@ -186,8 +186,7 @@ def take_turn(what: str, name: str, tiling: Tiling | None, shapes: list[Shape], 
 def candidates(name: str, family: str) -> list[Tiling]:
     """What is worth trying. Tiles that are known to spill registers or to serialise the matrix units are left out."""
     if name == "forward":
-        sizes = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4)]
-        sizes += [(128, 32, 4, 3), (128, 32, 4, 4), (64, 64, 4, 2)]
+        sizes = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 2)]
     elif name == "key gradients":
         sizes = [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3), (32, 64, 4, 3)]
     else:
@@ -196,7 +195,8 @@ def candidates(name: str, family: str) -> list[Tiling]:
     if family in ("sm_80", "sm_86", "other"):
         return pointers
     described = [Tiling(*size, tma=True) for size in sizes]
-    return [*(t._replace(ahead=True) for t in described if name == "forward"), *described, *pointers]
+    pairs = [t._replace(registers=128) for t in described if name == "forward" and t.warps == 8]
+    return [*pairs, *described, *pointers]
 
 
 def run_apart(what: str, name: str, tiling: Tiling | None, shapes: list[Shape], turn: str) -> dict:
@@ -215,8 +215,8 @@ def run_apart(what: str, name: str, tiling: Tiling | None, shapes: list[Shape], 
 def describe(tiling: Tiling | None) -> str:
     if tiling is None:
         return "the table's"
-    flags = " tma" * tiling.tma + " ahead" * tiling.ahead
-    return f"{tiling.rows} x {tiling.keys}, {tiling.warps} warps, {tiling.stages} stages{flags}"
+    extras = " tma" * tiling.tma + (f", {tiling.registers} registers" if tiling.registers else "")
+    return f"{tiling.rows} x {tiling.keys}, {tiling.warps} warps, {tiling.stages} stages{extras}"
 
 
 def tell(shapes: list[Shape], answers: list[dict], family: str) -> None:

@@ -1,15 +1,15 @@
 """Segments cut along a grid of tiles: what each tile of a kernel walks, as two small integer tables.
 
 A query tile (forward, dQ) is a block of rows and walks keys; a key tile (dK and dV) is a block of keys and walks
-rows. The part of a segment that crosses a tile is cut into runs of blocks: those that need no mask inside, and the
-others. Segment(0, 8, 0, 12, 4), tiles and blocks of 4 either way (# seen whole):
+rows. The part of a segment that crosses a tile is a run of blocks; the blocks in its middle that the whole tile sees
+need no mask. Segment(0, 8, 0, 12, 4), tiles and blocks of 4 either way (# seen whole):
 
            keys 0   4   8   12
-    rows 0      |####|\\   |    |   query tile 0: keys 0-4 whole, 4-8 masked
+    rows 0      |####|\\   |    |   query tile 0: keys 0-8, whole from 0 to 4
                 |####|\\\\\\ |    |
-         4      |####|####|\\   |   query tile 1: keys 0-8 whole, 8-12 masked
+         4      |####|####|\\   |   query tile 1: keys 0-12, whole from 0 to 8
                 |####|####|\\\\\\ |
-                                   key tile 0: rows 0-8 whole; 1: rows 0-4 masked, 4-8 whole; 2: rows 4-8 masked
+                                   key tile 0: rows 0-8, all whole; 1: rows 0-8, whole from 4; 2: rows 4-8
 
 What a segment shares with a tile that it covers only in part is masked. Tiles come longest first, so that the last
 ones to run are short. Those that see nothing come after the first `busy` tiles: a launch into a result that already
@@ -32,11 +32,11 @@ __all__ = ["Work", "key_tiles", "query_tiles"]
 class Work(NamedTuple):
     """What one launch walks. Places in a tile and in a run count from 0.
 
-    tiles [T, 4] int32: the tile's first row (or key), its first run, its first masked run, the end of its runs.
-    runs [N, 6] int32: start, length, shift, low, high, window. The run walks the keys (or rows) start ..
-        start + length, and only rows (or keys) low .. high of the tile take part. Row t sees key u iff
-        t + shift - window < u <= t + shift, whichever of the two belongs to the tile. A run without a mask is a whole
-        number of blocks long.
+    tiles [T, 3] int32: the tile's first row (or key), its first run, the end of its runs.
+    runs [N, 8] int32: start, length, head, tail, shift, low, high, window. The run walks the keys (or rows) start ..
+        start + length in blocks, and only rows (or keys) low .. high of the tile take part. Row t sees key u iff
+        t + shift - window < u <= t + shift, whichever of the two belongs to the tile. Blocks from head to tail are
+        full ones that the whole tile sees.
     """
 
     tiles: torch.Tensor
@@ -54,9 +54,9 @@ def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int)
     Example:
         >>> work = query_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 8, 4, 4)
         >>> work.tiles.tolist()
-        [[4, 2, 3, 4], [0, 0, 1, 2]]
-        >>> work.runs[:, :5].tolist()
-        [[0, 4, 4, 0, 4], [4, 4, 0, 0, 4], [0, 8, 8, 0, 4], [8, 4, 0, 0, 4]]
+        [[4, 1, 2], [0, 0, 1]]
+        >>> work.runs[:, :7].tolist()
+        [[0, 8, 0, 4, 4, 0, 4], [0, 12, 0, 8, 8, 0, 4]]
     """
     q_start, q_len, k_start, k_len, offset, window = canonical(segments)
     segment, tile, first, low, high = cross(q_start, q_len, block_rows)
@@ -64,11 +64,10 @@ def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int)
     from_first, from_last = (np.maximum(row + shift - window + 1, 0) for row in (low, high - 1))
     to_first, to_last = (np.minimum(row + shift + 1, k_len[segment]) for row in (low, high - 1))
     covered = (low == 0) & (high == np.minimum(block_rows, rows - first))
-    pieces = split(from_first, from_last, to_first, to_last, covered, block_keys)
-    return assemble(
-        *((tile, k_start[segment] + start, end - start, shift - start, low, high, window) for start, end in pieces),
-        extent=rows, block=block_rows, step=block_keys,
-    )  # fmt: skip
+    head, tail = middle(from_last - from_first, to_first - from_first, covered, block_keys)
+    start, length = k_start[segment] + from_first, to_last - from_first
+    runs = start, length, head, tail, shift - from_first, low, high, window
+    return assemble(tile, runs, rows, block_rows, block_keys)
 
 
 def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -> Work:
@@ -77,9 +76,9 @@ def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -
     Example:
         >>> work = key_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 12, 4, 4)
         >>> work.tiles.tolist()
-        [[0, 0, 1, 1], [4, 1, 2, 3], [8, 3, 3, 4]]
-        >>> work.runs[:, :5].tolist()
-        [[0, 8, 4, 0, 4], [4, 4, 4, 0, 4], [0, 4, 0, 0, 4], [4, 4, 0, 0, 4]]
+        [[0, 0, 1], [4, 1, 2], [8, 2, 3]]
+        >>> work.runs[:, :7].tolist()
+        [[0, 8, 0, 8, 4, 0, 4], [0, 8, 4, 8, 0, 0, 4], [4, 4, 4, 4, 0, 0, 4]]
     """
     q_start, q_len, k_start, k_len, offset, window = canonical(segments)
     segment, tile, first, low, high = cross(k_start, k_len, block_keys)
@@ -87,27 +86,23 @@ def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -
     from_first, from_last = (np.maximum(key - shift, 0) for key in (low, high - 1))
     to_first, to_last = (np.minimum(key - shift + window, q_len[segment]) for key in (low, high - 1))
     covered = (low == 0) & (high == np.minimum(block_keys, keys - first))
-    pieces = split(from_first, from_last, to_first, to_last, covered, block_rows)
-    return assemble(
-        *((tile, q_start[segment] + start, end - start, shift + start, low, high, window) for start, end in pieces),
-        extent=keys, block=block_keys, step=block_rows,
-    )  # fmt: skip
+    head, tail = middle(from_last - from_first, to_first - from_first, covered, block_rows)
+    start, length = q_start[segment] + from_first, to_last - from_first
+    runs = start, length, head, tail, shift + from_first, low, high, window
+    return assemble(tile, runs, keys, block_keys, block_rows)
 
 
-def split(from_first, from_last, to_first, to_last, covered, step: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Cuts what a tile walks into three pieces (start, end), the first of which needs no mask.
-
-    The first line of the tile sees from_first .. to_first and the last one from_last .. to_last, later in both ends;
-    what all of them see is whole, in blocks of `step`, if the segment covers the tile.
+def middle(last_begins: np.ndarray, first_ends: np.ndarray, covered: np.ndarray, step: int) -> tuple[np.ndarray, ...]:
+    """From where to where a run needs no mask: blocks of `step` between the place where the last line of the tile
+    begins to see and the one where the first line ends to, if the segment covers the tile.
 
     Example:
-        >>> [(int(start), int(end)) for start, end in split(*map(np.array, (0, 3, 9, 12, True)), step=4)]
-        [(4, 8), (0, 4), (8, 12)]
+        >>> [int(x) for x in middle(np.array(3), np.array(9), np.array(True), step=4)]
+        [4, 8]
     """
-    head = -(-(from_last - from_first) // step) * step
-    whole = np.where(covered, np.maximum(to_first - from_first - head, 0) // step * step, 0)
-    start = np.where(whole > 0, from_first + head, to_last)
-    return (start, start + whole), (from_first, start), (start + whole, to_last)
+    head = -(-last_begins // step) * step
+    blocks = np.where(covered, np.maximum(first_ends - head, 0) // step, 0)
+    return head, head + blocks * step
 
 
 def canonical(segments: Segments) -> np.ndarray:
@@ -143,25 +138,18 @@ def cross(start: np.ndarray, length: np.ndarray, block: int) -> tuple[np.ndarray
     return interval, tile, first, low, high
 
 
-def assemble(whole: tuple, *masked: tuple, extent: int, block: int, step: int) -> Work:
-    """Groups runs (tile, start, length, shift, low, high, window) by tile, those without a mask first; longest
-    tiles first."""
+def assemble(tile: np.ndarray, runs: tuple[np.ndarray, ...], extent: int, block: int, step: int) -> Work:
+    """Groups runs by tile; longest tiles first."""
     tiles = -(-extent // block)
-    columns = np.concatenate([np.stack(runs, 1) for runs in (whole, *masked)])
-    kind = np.repeat([0] + [1] * len(masked), len(whole[0]))
-    real = columns[:, 2] > 0
-    columns, kind = columns[real], kind[real]
-    tile = columns[:, 0]
-    order = np.argsort(2 * tile + kind, kind="stable")
-    end = np.cumsum(np.bincount(tile, minlength=tiles))
-    begin = np.concatenate(([0], end[:-1]))
-    middle = end - np.bincount(tile, weights=kind, minlength=tiles).astype(np.int64)
-    blocks = np.bincount(tile, weights=-(-columns[:, 2] // step), minlength=tiles)
+    columns = np.stack(runs, 1)[np.argsort(tile, kind="stable")]
+    count = np.bincount(tile, minlength=tiles)
+    end = np.cumsum(count)
+    blocks = np.bincount(tile, weights=-(-runs[1] // step), minlength=tiles)
     longest = np.argsort(-blocks, kind="stable")
-    table = np.stack((np.arange(tiles) * block, begin, middle, end), 1)[longest]
+    table = np.stack((np.arange(tiles) * block, end - count, end), 1)[longest]
     return Work(
         torch.from_numpy(table.astype(np.int32)),
-        torch.from_numpy(columns[order, 1:].astype(np.int32)),
-        int(np.count_nonzero(end > begin)),
-        bool((columns[:, 6] < NO_WINDOW).any()),
+        torch.from_numpy(columns.astype(np.int32)),
+        int(np.count_nonzero(count)),
+        bool((columns[:, -1] < NO_WINDOW).any()),
     )

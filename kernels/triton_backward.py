@@ -52,7 +52,7 @@ def key_gradients_kernel(
 ):  # fmt: skip
     """dK and dV of every tile in `tiles`; lse and delta are contiguous [B, H, ROWS]."""
     i_tile, i_b, i_g = locate(HEADS // GROUP)
-    p_tile = tiles + 4 * i_tile
+    p_tile = tiles + 3 * i_tile
     key0 = tl.load(p_tile)
     k = head_of(k, k_strides, i_b, i_g)
     v = head_of(v, v_strides, i_b, i_g)
@@ -66,9 +66,11 @@ def key_gradients_kernel(
     b_v = load_block(v, v_strides, i_b, i_g, key0, KEYS - key0, E, BLOCK_KEYS, BLOCK_E)
     b_dk = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_KEYS, BLOCK_E], tl.float32)
+    # Two loops: a row's lse and delta lie in many registers here, and a bounds check takes as many again.
     for MASKED in tl.static_range(2):
-        for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
-            start, length, shift, low, high, window = run_at(runs, i_run)
+        parts = 1 + MASKED
+        for i_part in tl.range(tl.load(p_tile + 1) * parts, tl.load(p_tile + 2) * parts, disable_licm=True):
+            start, length, shift, low, high, window = part_at(runs, i_part, MASKED)
             first_row = tl.where((o_key >= low) & (o_key < high), o_key - shift, length)
             for i in tl.range(tl.cdiv(length, BLOCK_ROWS) * GROUP, disable_licm=True):
                 i_h = i_g * GROUP + i % GROUP
@@ -111,7 +113,7 @@ def query_gradients_kernel(
     """dQ of every tile in `tiles`; lse and delta are contiguous [B, H, ROWS]."""
     i_tile, i_b, i_h = locate(HEADS)
     i_g = i_h // GROUP
-    p_tile = tiles + 4 * i_tile
+    p_tile = tiles + 3 * i_tile
     row0 = tl.load(p_tile)
     q = head_of(q, q_strides, i_b, i_h)
     k = head_of(k, k_strides, i_b, i_g)
@@ -122,34 +124,44 @@ def query_gradients_kernel(
     scale_log2 = scale * LOG2E
 
     o_row = tl.arange(0, BLOCK_ROWS)
-    o_key = tl.arange(0, BLOCK_KEYS)
     b_q = load_block(q, q_strides, i_b, i_h, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
     b_do = load_block(dout, dout_strides, i_b, i_h, row0, ROWS - row0, E, BLOCK_ROWS, BLOCK_E)
     b_lse = load_rows(lse + row0, ROWS - row0, float("inf"), BLOCK_ROWS) * LOG2E
     b_delta = load_rows(delta + row0, ROWS - row0, 0.0, BLOCK_ROWS)
     b_dq = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    for MASKED in tl.static_range(2):
-        for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
-            start, length, shift, low, high, window = run_at(runs, i_run)
-            last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
-            for j in range(0, length, BLOCK_KEYS):
-                valid = length - j if MASKED else None
-                b_k = load_block(k, k_strides, i_b, i_g, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
-                b_v = load_block(v, v_strides, i_b, i_g, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
-                b_s = dot_rows(b_q, b_k, PRECISION)
-                b_dp = dot_rows(b_do, b_v, PRECISION)
-                b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
-                if MASKED:
-                    b_p = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_p, 0.0)
-                    if WINDOW:
-                        b_p = tl.where(o_key[None, :] > (o_row + shift - window - j)[:, None], b_p, 0.0)
-                b_ds = b_p * (b_dp - b_delta[:, None])
-                b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
+    for i_run in tl.range(tl.load(p_tile + 1), tl.load(p_tile + 2), disable_licm=True):
+        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+        for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
+            b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
+            b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
+            b_s = dot_rows(b_q, b_k, PRECISION)
+            b_dp = dot_rows(b_do, b_v, PRECISION)
+            b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
+            if (j < head) | (j >= tail):
+                o_key = tl.arange(0, BLOCK_KEYS)[None, :]
+                last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
+                b_p = tl.where(o_key <= (last_key - j)[:, None], b_p, 0.0)
+                if WINDOW:
+                    b_p = tl.where(o_key > (o_row + shift - window - j)[:, None], b_p, 0.0)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
 
     o_d = tl.arange(0, BLOCK_D)
     inside = (o_row < ROWS - row0)[:, None] & (o_d < D)[None, :]
     dq = head_of(dq, dq_strides, i_b, i_h) + row0.to(tl.int64) * dq_strides[1]
     put(dq + o_row[:, None] * dq_strides[1] + o_d[None, :], b_dq * scale, inside, ADD)
+
+
+@triton.jit
+def part_at(runs, i_part, MASKED: tl.constexpr):
+    """start, length, shift, low, high, window of the middle of a run, or of what needs a mask before and after it."""
+    if MASKED:
+        start, length, head, tail, shift, low, high, window = run_at(runs, i_part // 2)
+        begin = tl.where(i_part % 2 == 0, 0, tail)
+        end = tl.where(i_part % 2 == 0, tl.minimum(head, length), length)
+    else:
+        start, length, begin, end, shift, low, high, window = run_at(runs, i_part)
+    return start + begin, end - begin, shift + begin, low, high, window
 
 
 @triton.jit

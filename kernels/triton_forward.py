@@ -34,19 +34,18 @@ def forward_kernel(
     q_strides, k_strides, v_strides, out_strides, lse_strides, before_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    MERGE: tl.constexpr, WINDOW: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of every tile in `tiles`; with MERGE, `before` and `lse` hold what was seen before."""
     i_tile, i_b, i_h = locate(HEADS)
     i_g = i_h // GROUP
-    p_tile = tiles + 4 * i_tile
+    p_tile = tiles + 3 * i_tile
     row0 = tl.load(p_tile)
     q = head_of(q, q_strides, i_b, i_h)
     k = head_of(k, k_strides, i_b, i_g)
     v = head_of(v, v_strides, i_b, i_g)
     scale_log2 = scale * LOG2E
 
-    o_key = tl.arange(0, BLOCK_KEYS)
     b_q = load_block(q, q_strides, i_b, i_h, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
     o_row = tl.arange(0, BLOCK_ROWS)
     o_e = tl.arange(0, BLOCK_E)
@@ -63,41 +62,21 @@ def forward_kernel(
         b_acc = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
         b_m = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
         b_l = tl.zeros([BLOCK_ROWS], tl.float32)
-    for MASKED in tl.static_range(2):
-        # Hoisting out of this loop what is used once per run would only cost registers inside it.
-        for i_run in tl.range(tl.load(p_tile + 1 + MASKED), tl.load(p_tile + 2 + MASKED), disable_licm=True):
-            start, length, shift, low, high, window = run_at(runs, i_run)
-            if AHEAD and not MASKED:
-                # The scores of a block are in flight while the exponentials of the block before are computed: the
-                # first to wait for them is the P V of that block. Past the end, the last block is scored again.
-                tl.assume(length > 0)
-                last = start + length - BLOCK_KEYS
-                b_k = load_block(k, k_strides, i_b, i_g, start, None, D, BLOCK_KEYS, BLOCK_D)
-                b_s = dot_rows(b_q, b_k, PRECISION)
-                b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
-                key = tl.minimum(start + BLOCK_KEYS, last)
-                b_k = load_block(k, k_strides, i_b, i_g, key, None, D, BLOCK_KEYS, BLOCK_D)
-                b_s = dot_rows(b_q, b_k, PRECISION)
-                for j in range(0, length, BLOCK_KEYS):
-                    b_v = load_block(v, v_strides, i_b, i_g, start + j, None, E, BLOCK_KEYS, BLOCK_E)
-                    b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
-                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
-                    key = tl.minimum(start + j + 2 * BLOCK_KEYS, last)
-                    b_k = load_block(k, k_strides, i_b, i_g, key, None, D, BLOCK_KEYS, BLOCK_D)
-                    b_s = dot_rows(b_q, b_k, PRECISION)
-            else:
+    # Hoisting out of these loops what only some of their blocks use would cost registers in all of them.
+    for i_run in tl.range(tl.load(p_tile + 1), tl.load(p_tile + 2), disable_licm=True):
+        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+        for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
+            b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
+            b_s = dot_rows(b_q, b_k, PRECISION)
+            if (j < head) | (j >= tail):
+                o_key = tl.arange(0, BLOCK_KEYS)[None, :]
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
-                for j in range(0, length, BLOCK_KEYS):
-                    valid = length - j if MASKED else None
-                    b_k = load_block(k, k_strides, i_b, i_g, start + j, valid, D, BLOCK_KEYS, BLOCK_D)
-                    b_s = dot_rows(b_q, b_k, PRECISION)
-                    if MASKED:
-                        b_s = tl.where(o_key[None, :] <= (last_key - j)[:, None], b_s, -float("inf"))
-                        if WINDOW:
-                            b_s = tl.where(o_key[None, :] > (o_row + shift - window - j)[:, None], b_s, -float("inf"))
-                    b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
-                    b_v = load_block(v, v_strides, i_b, i_g, start + j, valid, E, BLOCK_KEYS, BLOCK_E)
-                    b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
+                b_s = tl.where(o_key <= (last_key - j)[:, None], b_s, -float("inf"))
+                if WINDOW:
+                    b_s = tl.where(o_key > (o_row + shift - window - j)[:, None], b_s, -float("inf"))
+            b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
+            b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
+            b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
 
     seen = b_l > 0.0
     b_lse = tl.where(seen, (b_m + tl.math.log2(b_l)) * LN2, -float("inf"))

@@ -43,6 +43,8 @@ def forward(
     groups, e = v.shape[2:]
     tiling = tiling_for("forward", architecture(q.device), q.dtype, max(d, e), rows)
     work = lower(query_tiles, segments, rows, tiling.rows, tiling.keys, q.device)
+    if work.windowed:
+        tiling = tiling._replace(registers=None)  # a second comparison in masked blocks does not fit under the limit
     if running is None:
         out = before = q.new_empty(batch, rows, heads, e, dtype=out_dtype)
         lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
@@ -60,7 +62,6 @@ def forward(
         constants(tiling, heads, groups, d, e),
         MERGE=running is not None,
         WINDOW=work.windowed,
-        AHEAD=tiling.ahead,
         PRECISION=precision(q.dtype),
     )
     return out, lse
@@ -211,6 +212,7 @@ def start_sum(x: Tensor, total: Tensor | None, add: bool) -> Tensor:
 @lru_cache(1024)
 def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[str, int]:
     """What a kernel is compiled for and that a shape and a tiling say."""
+    limit = {} if tiling.registers is None else {"maxnreg": tiling.registers}
     return {
         "HEADS": heads,
         "GROUP": heads // groups,
@@ -222,6 +224,7 @@ def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[s
         "BLOCK_E": block_width(e),
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
+        **limit,
     }
 
 

@@ -22,11 +22,11 @@ def locate(HEADS: tl.constexpr):
 
 @triton.jit
 def run_at(runs, i_run):
-    """start, length, shift, low, high, window of one run (`tiles.Work`)."""
-    p_run = runs + 6 * i_run
-    start, length, shift = tl.load(p_run), tl.load(p_run + 1), tl.load(p_run + 2)
-    low, high, window = tl.load(p_run + 3), tl.load(p_run + 4), tl.load(p_run + 5)
-    return start, length, shift, low, high, window
+    """start, length, head, tail, shift, low, high, window of one run (`tiles.Work`)."""
+    p_run = runs + 8 * i_run
+    start, length, head, tail = tl.load(p_run), tl.load(p_run + 1), tl.load(p_run + 2), tl.load(p_run + 3)
+    shift, low, high, window = tl.load(p_run + 4), tl.load(p_run + 5), tl.load(p_run + 6), tl.load(p_run + 7)
+    return start, length, head, tail, shift, low, high, window
 
 
 @triton.jit

@@ -23,15 +23,15 @@ LONG = 4096  # rows (or keys) from which the tiles of long sequences are taken
 
 
 class Tiling(NamedTuple):
-    """How a kernel is cut and compiled. `tma`: blocks are read through tensor descriptors. `ahead`: the forward issues
-    the scores of the next block before the exponentials of this one."""
+    """How a kernel is cut and compiled. `tma`: blocks are read through tensor descriptors. `registers`: the most that
+    a thread may take, so that another program fits beside this one."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     tma: bool = False
-    ahead: bool = False
+    registers: int | None = None
 
 
 class Key(NamedTuple):
@@ -61,9 +61,9 @@ TABLE: dict[Key, Tiling] = {
     Key("key gradients", "sm_86", "half", 256): Tiling(16, 32, 8, 2),
     Key("query gradients", "sm_86", "half", 256): Tiling(32, 32, 8, 2),
     Key("forward", "sm_90", "half", 32): Tiling(128, 64, 4, 3, tma=True),
-    Key("forward", "sm_90", "half", 64): Tiling(128, 64, 8, 3, tma=True, ahead=True),
-    Key("forward", "sm_90", "half", 128): Tiling(128, 128, 8, 3, tma=True),
-    Key("forward", "sm_90", "half", 128, "short"): Tiling(64, 64, 4, 2, tma=True, ahead=True),
+    Key("forward", "sm_90", "half", 64): Tiling(128, 128, 8, 2, tma=True, registers=128),
+    Key("forward", "sm_90", "half", 64, "short"): Tiling(128, 64, 8, 3, tma=True),
+    Key("forward", "sm_90", "half", 128): Tiling(128, 64, 8, 2, tma=True, registers=128),
     Key("forward", "sm_90", "half", 256): Tiling(128, 64, 8, 2, tma=True),
     Key("key gradients", "sm_90", "half", 32): Tiling(64, 128, 8, 2, tma=True),
     Key("key gradients", "sm_90", "half", 64): Tiling(64, 64, 4, 3, tma=True),
@@ -131,7 +131,7 @@ def tiling_for(kernel: str, family: str, dtype: torch.dtype, head_dim: int, leng
 def main() -> None:
     print(f"{'kernel':16} {'family':7} {'dtype':7} {'head dim':>8} {'length':7} rows x keys  warps  stages")
     for key, tiling in TABLE.items():
-        extras = " tma" * tiling.tma + " ahead" * tiling.ahead
+        extras = " tma" * tiling.tma + (f" at most {tiling.registers} registers" if tiling.registers else "")
         row = f"{key.kernel:16} {key.family:7} {key.dtype:7} {key.head_dim:8} {key.length:7}"
         print(f"{row} {tiling.rows:4} x {tiling.keys:<4}  {tiling.warps:5}  {tiling.stages:6} {extras}")
 

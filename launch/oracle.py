@@ -6,7 +6,7 @@ comes from the data, not from taste.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Case(NamedTuple):
-    """One attention over a whole sequence."""
+    """One attention over a whole sequence; with a window of so many last keys, or cu_seqlens of documents."""
 
     seq_len: int
     batch: int = 1
@@ -41,6 +41,18 @@ class Case(NamedTuple):
     head_dim: int = 16
     causal: bool = True
     dtype: torch.dtype = torch.float64
+    window: int | None = None
+    documents: tuple[int, ...] | None = None
+
+    @property
+    def mask(self) -> dict[str, Any]:
+        """The mask as `make_plan` and `ContextParallel.attention` take it."""
+        options: dict[str, Any] = {"causal": self.causal}
+        if self.window is not None:
+            options["window_size"] = (self.window - 1, 0)
+        if self.documents is not None:
+            options["cu_seqlens"] = self.documents
+        return options
 
 
 class Inputs(NamedTuple):
@@ -79,7 +91,7 @@ def attend(kernel: Kernel, inputs: Inputs, segments: Segments, scale: float) -> 
 
 def attend_on_one_rank(kernel: Kernel, case: Case, inputs: Inputs) -> Result:
     """The whole sequence through one kernel."""
-    segments = make_plan("contiguous", case.seq_len, 1, causal=case.causal).segments(0, 0)
+    segments = make_plan("contiguous", case.seq_len, 1, **case.mask).segments(0, 0)
     return attend(kernel, inputs, segments, case.head_dim**-0.5)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -18,14 +20,26 @@ from ringattn.attention import EXECUTORS
 from ringattn.executors.call import Buffers
 from ringattn.kernels.registry import KERNELS
 from ringattn.kernels.segments import Segments
-from ringattn.layout import LAYOUTS
+from ringattn.layout import LAYOUTS, Layout
 from ringattn.plan import Plan, make_plan
 from ringattn.ranks import group_name, ranks_named
 
 from ..oracle import Case, Inputs
 from .implementations import Ours
+from .local import other_mask
 
-__all__ = ["Across", "Local", "OursAcross", "Share", "cut", "gathered_segments", "ours_across"]
+__all__ = [
+    "NAMED_EXECUTORS",
+    "Across",
+    "Local",
+    "OursAcross",
+    "Share",
+    "busiest",
+    "cut",
+    "gathered_segments",
+    "layout_of",
+    "ours_across",
+]
 
 
 class Local(NamedTuple):
@@ -41,16 +55,20 @@ class Across:
     name: str
     layout: str  # how its users cut a sequence
     kernel: str  # what computes on each rank, by its name in `ringattn.kernels.registry`
-    heads_first = False  # takes and gives [B, H, L, D] instead of [B, L, H, D]
+    heads_first = False  # takes and gives [B, H, L, D], views of [B, L, H, D]
 
     @property
     def local(self) -> Local:
         return Local(self.kernel, self.layout)
 
+    any_mask = False  # takes windows and documents, too
+
     def refuses(self, x: Inputs, case: Case, ranks: int) -> str | None:
-        """Why it cannot compute such a case here, or None if it can; `x` is the whole sequence."""
+        """Why it cannot compute such a case here, or None if it can; `x` is an empty sequence."""
         refusal = KERNELS[self.kernel].refuses(x.q, x.k, x.v)
-        return refusal and f"its kernel {self.kernel}: {refusal}"
+        if refusal is not None:
+            return f"its kernel {self.kernel}: {refusal}"
+        return None if self.any_mask else other_mask(case)
 
     @contextmanager
     def ready(self, case: Case, device: torch.device) -> Iterator[None]:
@@ -64,6 +82,8 @@ class Across:
 class OursAcross(Across):
     """`ringattn.ContextParallel` as its users hold it."""
 
+    any_mask = True
+
     def __init__(self, kernel: str, executor: str, layout: str):
         self.kernel, self.executor, self.layout = kernel, executor, layout
         self.name = f"ringattn-{kernel}-{executor}-{layout}"
@@ -71,21 +91,37 @@ class OursAcross(Across):
     @contextmanager
     def ready(self, case: Case, device: torch.device) -> Iterator[None]:
         self.cp = ringattn.ContextParallel(None, layout=self.layout, kernel=self.kernel, executor=self.executor)
+        self.options = case.mask
+        if case.documents is not None:
+            self.options["cu_seqlens"] = torch.tensor(case.documents, dtype=torch.int32)
         yield
-        ranks_named(group_name(None)).buffers = Buffers()  # they are kept between calls, and count as memory
+        ranks = ranks_named(group_name(None))
+        ranks.buffers = Buffers()  # they are kept between calls, and count as memory
+        ranks.agreed.clear()  # so are configurations, and what they refer to
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
-        return self.cp.attention(q, k, v, causal=case.causal, seq_len=case.seq_len)
+        return self.cp.attention(q, k, v, seq_len=case.seq_len, **self.options)
+
+
+NAMED_EXECUTORS = (*EXECUTORS, "auto") if len(EXECUTORS) > 1 else tuple(EXECUTORS)  # where there is a choice, its too
 
 
 def ours_across() -> list[Across]:
     """Every kernel, executor and layout."""
-    return [OursAcross(kernel, executor, layout) for kernel in KERNELS for executor in EXECUTORS for layout in LAYOUTS]
+    return [OursAcross(*way) for way in product(KERNELS, NAMED_EXECUTORS, LAYOUTS)]
 
 
+@lru_cache(maxsize=64)  # a kernel keeps what it makes of a list with the list
 def gathered_segments(plan: Plan, rank: int) -> Segments:
     """What a rank sees of all keys, laid end to end in rank order."""
     return plan.mask.segments(plan.layout.runs[rank], [run for runs in plan.layout.runs for run in runs])
+
+
+def busiest(local: Local, case: Case, ranks: int) -> float:
+    """The busiest rank's share of all pairs."""
+    if local.layout is None:
+        return 1 / ranks
+    return 1 / (ranks * make_plan(local.layout, case.seq_len, ranks, **case.mask).balance)
 
 
 class Share(Ours):
@@ -97,20 +133,24 @@ class Share(Ours):
 
     def plan(self, case: Case) -> Plan:
         assert self.layout is not None
-        return make_plan(self.layout, case.seq_len, self.ranks, causal=case.causal)
+        return make_plan(self.layout, case.seq_len, self.ranks, **case.mask)
 
     def segments(self, case: Case) -> Segments:
         return gathered_segments(self.plan(case), self.rank)
 
-    def prepare(self, x: Inputs) -> Inputs:
+    def prepare(self, x: Inputs, case: Case) -> Inputs:
         """Only the queries are cut. Which keys stand where makes no difference to the time."""
-        assert self.layout is not None
-        layout = ringattn.make_layout(self.layout, x.q.shape[1], self.ranks)
+        layout = self.plan(case).layout
         return Inputs(layout.shard(x.q, self.rank, 1), x.k, x.v, layout.shard(x.dout, self.rank, 1))
 
 
-def cut(each: Across, x: Inputs, rank: int, ranks: int) -> Inputs:
+def layout_of(each: Across, case: Case, ranks: int) -> Layout:
+    """Which rank holds which token; some layouts depend on the mask."""
+    return make_plan(each.layout, case.seq_len, ranks, **case.mask).layout
+
+
+def cut(each: Across, x: Inputs, case: Case, rank: int, ranks: int) -> Inputs:
     """One rank's part of the whole sequence, as the users of an implementation hold it."""
-    layout = ringattn.make_layout(each.layout, x.q.shape[1], ranks)
+    layout = layout_of(each, case, ranks)
     parts = (layout.shard(tensor, rank, 1) for tensor in x)
-    return Inputs(*(part.transpose(1, 2).contiguous() if each.heads_first else part for part in parts))
+    return Inputs(*(part.transpose(1, 2) if each.heads_first else part for part in parts))

@@ -87,7 +87,7 @@ class GatheredAttention(torch.autograd.Function):
         gathered = mine.new_empty(ranks * 2, *k.shape)
         dist.all_gather_into_tensor(gathered, mine)
         k, v = gathered.unflatten(0, (ranks, 2)).movedim(0, 2).flatten(2, 3)  # [B, S, G, D], rank by rank
-        segments = gathered_segments(make_plan(layout, case.seq_len, ranks, causal=case.causal), rank)
+        segments = gathered_segments(make_plan(layout, case.seq_len, ranks, **case.mask), rank)
         how = {"scale": case.head_dim**-0.5}
         out, lse = KERNELS[kernel].forward(q, k, v, segments, **how, out_dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -108,6 +108,7 @@ class AllGather(Across):
     """All keys everywhere, over torch's attention."""
 
     name = "allgather"
+    any_mask = True
 
     def __init__(self, kernel: str, causal: bool):
         self.kernel = kernel

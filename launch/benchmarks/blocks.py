@@ -48,11 +48,18 @@ def signed(records: Sequence[Record], text: str) -> str:
 
 
 def kernels(records: Sequence[Record]) -> str:
-    """TFLOP/s of each local kernel."""
+    """TFLOP/s of each local kernel; of ours, how many times that is what cuDNN did."""
     names = order(record["impl"] for record in records)
+    rival = {(spell(each), each["pass"]): each["tflops_per_gpu"] for each in records if each["impl"] == "torch-cudnn"}
+
+    def cell(record: Record) -> str:
+        theirs = rival.get((spell(record), record["pass"]))
+        if theirs is None or not record["impl"].startswith("ringattn-"):
+            return rate(record)
+        return f"{rate(record)} ({record['tflops_per_gpu'] / theirs:.2f})"
 
     def draw(chosen: list[Record]) -> str:
-        return pivot(chosen, spell, lambda each: each["impl"], names, rate, "TFLOP/s")
+        return pivot(chosen, spell, lambda each: each["impl"], names, cell, "TFLOP/s (times cuDNN's)")
 
     return signed(records, sections(records, ("forward", "backward"), draw))
 

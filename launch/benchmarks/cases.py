@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from ..oracle import Case
-from ..settings import require, require_one_of
+from ..settings import require
+from .masks import PACKED, covers, mask_fields, mask_name, pairs
 
-__all__ = ["DTYPES", "PASSES", "describe", "mask_of", "named_case", "shape_of", "tera_operations"]
+__all__ = ["DTYPES", "PASSES", "describe", "matching", "named_case", "require_mask", "shape_of", "tera_operations"]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MASKS = {"causal": True, "none": False}
 PASSES = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}  # in forwards, arXiv:2307.08691, section 4.1
+T = TypeVar("T")
 SPELLING = re.compile(r"(\d+)/(\d+):(\d+)/(\d+)/(\d+)/([\w-]+)")
 
 
@@ -25,8 +28,9 @@ def named_case(text: str, dtype: torch.dtype = torch.bfloat16) -> Case:
         ValueError: it spells none; the message shows one that would.
 
     Example:
-        >>> named_case("1/32:8/128/32768/causal")._replace(dtype=None)
-        Case(seq_len=32768, batch=1, q_heads=32, kv_heads=8, head_dim=128, causal=True, dtype=None)
+        >>> case = named_case("1/32:8/128/32768/causal")
+        >>> case.batch, case.q_heads, case.kv_heads, case.head_dim, case.seq_len, case.causal
+        (1, 32, 8, 128, 32768, True)
     """
     found = SPELLING.fullmatch(text)
     if found is None:
@@ -36,35 +40,54 @@ def named_case(text: str, dtype: torch.dtype = torch.bfloat16) -> Case:
     batch, q_heads, kv_heads, head_dim, seq_len = (int(number) for number in found.groups()[:5])
     require(min(batch, q_heads, kv_heads, head_dim, seq_len) >= 1, "cases", text, "numbers of at least 1")
     require(q_heads % kv_heads == 0, "cases", text, f"kv_heads that divide {q_heads}")
-    require_one_of("cases: mask", found[6], tuple(MASKS))
-    return Case(seq_len, batch, q_heads, kv_heads, head_dim, MASKS[found[6]], dtype)
+    require_mask("cases: mask", found[6])
+    return Case(seq_len, batch, q_heads, kv_heads, head_dim, dtype=dtype, **mask_fields(found[6], seq_len))
 
 
-def mask_of(case: Case) -> str:
-    return "causal" if case.causal else "none"
+def require_mask(key: str, name: str) -> None:
+    """Raises ValueError for a mask that this package does not compute."""
+    known = [each for each in ("causal", "none", PACKED, "window-4096") if covers(each)]
+    require(covers(name), key, name, f"one of {', '.join(known)}")
+
+
+def matching(key: str, patterns: Sequence[str], known: Mapping[str, T]) -> list[T]:
+    """What is known by names that match any of the patterns, each once, in the order of the patterns.
+
+    Raises:
+        ValueError: a pattern that nothing matches; the message lists what there is.
+
+    Example:
+        >>> matching("implementations", ["b?", "a"], {"a": 1, "b1": 2, "b2": 3})
+        [2, 3, 1]
+    """
+    found: dict[str, T] = {}
+    for pattern in patterns:
+        names = fnmatch.filter(known, pattern)
+        require(bool(names), key, pattern, f"one of {', '.join(known)}, or a pattern such as ringattn-*")
+        found |= {name: known[name] for name in names}
+    return list(found.values())
 
 
 def describe(case: Case) -> str:
     """The inverse of `named_case`."""
-    return f"{case.batch}/{case.q_heads}:{case.kv_heads}/{case.head_dim}/{case.seq_len}/{mask_of(case)}"
+    return f"{case.batch}/{case.q_heads}:{case.kv_heads}/{case.head_dim}/{case.seq_len}/{mask_name(case)}"
 
 
 def shape_of(case: Case) -> dict[str, Any]:
     """A case in the fields of a record."""
     keys = ("batch", "q_heads", "kv_heads", "seq_len", "head_dim")
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
-    return {key: getattr(case, key) for key in keys} | {"mask": mask_of(case), "dtype": dtype}
+    return {key: getattr(case, key) for key in keys} | {"mask": mask_name(case), "dtype": dtype}
 
 
 def tera_operations(case: Case, which: str) -> float:
     """Floating-point operations of a pass over the whole sequence, in units of 1e12.
 
-    A forward is two products of S^2 pairs, two operations a pair and head dim; a causal mask counts as half of them,
-    a backward as two and a half forwards. By that everybody's figures can be compared.
+    A forward is two products over all pairs, two operations a pair and head dim; a causal mask counts as half of S^2
+    pairs, a backward as two and a half forwards. By that everybody's figures can be compared.
 
     Example:
         >>> tera_operations(named_case("1/32:8/128/32768/causal"), "forward")
         8.796093022208
     """
-    pairs = case.seq_len**2 / (2 if case.causal else 1)
-    return PASSES[which] * 4 * case.batch * case.q_heads * case.head_dim * pairs / 1e12
+    return PASSES[which] * 4 * case.batch * case.q_heads * case.head_dim * pairs(case) / 1e12

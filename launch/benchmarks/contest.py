@@ -8,10 +8,11 @@ from statistics import median
 from typing import Any
 
 from ..oracle import Case
-from .across import Across, Local
+from .across import Across, Local, busiest
 from .cases import describe, shape_of, tera_operations
 from .crew import Crew
-from .timing import Meter
+from .timing import Deadline, Meter
+from .torch_kernels import BY_TORCH
 from .workers import Failed
 
 __all__ = ["Contest", "over_ranks"]
@@ -62,16 +63,16 @@ class Contest:
                 return f"wrong on rank {rank}: {faults}"
         return None
 
-    def take_turns(self, passes: Sequence[str], rounds: int, meter: Meter) -> list[dict[str, Any]]:
-        """Times everybody, in another order each round."""
+    def take_turns(self, passes: Sequence[str], rounds: int, meter: Meter, deadline: Deadline) -> list[dict[str, Any]]:
+        """Times everybody, in another order each round, until all rounds are over or the deadline is."""
         samples: dict[tuple[str, str], list[Figures]] = {}
         order = random.Random(self.seed)
         for _ in range(rounds):
             turns = [(name, which) for name in self.running for which in passes]
             order.shuffle(turns)
             for name, which in turns:
-                if name not in self.running:
-                    continue  # it failed earlier in this round
+                if name not in self.running or self.crew.share(deadline.passed())[0]:
+                    continue  # it failed earlier in this round, or there is no time left
                 try:
                     found = self.ask("time", self.running[name], which, meter)
                 except Failed as failure:
@@ -79,6 +80,10 @@ class Contest:
                     del self.running[name]
                     continue
                 samples.setdefault((name, which), []).append(over_ranks(found))
+        for name in list(self.running):
+            if not set(passes) <= {which for each, which in samples if each == name}:
+                self.exclude(name, "the deadline passed")
+                del self.running[name]
         references = References(self, meter)
         return [
             self.row(each, which, samples[name, which], references)
@@ -130,15 +135,21 @@ class References:
         return (None, None) if best is None else (known[best], best)
 
     def share(self, local: Local, which: str) -> float | None:
-        """The slowest rank's time for its share of the work."""
-        return self.ms("time_share", local, which, max)
+        """The slowest rank's time for its share of the work.
+
+        Torch's kernels take no segments: theirs is the time of the whole sequence, in proportion to the pairs.
+        """
+        if local.kernel not in BY_TORCH:
+            return self.ms("time_share", local, which, max)
+        whole = self.ms("time_torch", local.kernel, which, max)
+        return whole and whole * busiest(local, self.contest.case, self.contest.crew.size)
 
     def ms(self, command: str, subject: Any, which: str, over: Callable[[list[float]], float]) -> float | None:
         """The median on each rank, `over` all ranks."""
         if (subject, which) not in self.found:
             try:
                 answers = self.contest.ask(command, subject, which, self.meter)
-                self.found[subject, which] = over([median(answer["ahead"]) for answer in answers])
+                self.found[subject, which] = over([median(answer) for answer in answers])
             except Failed as failure:
                 self.contest.exclude(f"{command} {subject}, {which}", str(failure))
                 self.found[subject, which] = None

@@ -1,4 +1,4 @@
-"""Hardware counters of one call, from Nsight Compute where it is installed.
+"""Hardware counters of calls, from Nsight Compute where it is installed.
 
 A call may launch several kernels. Bytes and times add up; a share of a peak is the mean over the kernels, weighted by
 their time.
@@ -7,14 +7,19 @@ their time.
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
-__all__ = ["FIELDS", "Missing", "count", "summary"]
+from . import once
+
+__all__ = ["FIELDS", "Call", "Counters", "Missing", "count"]
 
 TIME = "gpu__time_duration.sum"  # in nanoseconds
 BYTES = ("dram__bytes_read.sum", "dram__bytes_write.sum")
@@ -26,6 +31,9 @@ SHARES = {  # field of a record: counter, its value for 100 %
     "tensor_utilization": ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed", 100.0),
 }
 FIELDS = (*SHARES, "dram_gib", "profiled_ms", "kernels")
+Call = tuple[str, str]  # implementation, pass
+Counters = dict[str, float]
+Row = dict[str, str]
 METRICS = (TIME, *BYTES, *(counter for counter, _ in SHARES.values()))
 
 
@@ -33,8 +41,9 @@ class Missing(RuntimeError):
     """There are no counters; says why."""
 
 
-def count(name: str, case_text: str, dtype: str, which: str, seed: int, patience: float) -> dict[str, float]:
-    """The counters of one call of an implementation, by the names in `FIELDS`.
+def count(names: Sequence[str], case_text: str, dtype: str, seed: int, patience: float) -> dict[Call, Counters]:
+    """The counters of a forward and a backward of each implementation, by the names in `FIELDS`; calls that ncu did
+    not come to are left out.
 
     Raises:
         Missing: Nsight Compute is not there, or saw nothing.
@@ -45,25 +54,45 @@ def count(name: str, case_text: str, dtype: str, which: str, seed: int, patience
         log = Path(folder) / "counters.csv"
         profiler = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--log-file", str(log)]
         page = ["--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
-        module = f"{__package__}.once"
-        program = [sys.executable, "-m", module, name, case_text, dtype, which, str(seed)]
-        try:
-            done = subprocess.run([*profiler, *page, *program], capture_output=True, text=True, timeout=patience)
-        except subprocess.TimeoutExpired:
-            raise Missing(f"Nsight Compute did not end within {patience:g} s") from None
+        program = [sys.executable, "-m", once.__name__, f"{patience / 2:g}", case_text, dtype, str(seed), *names]
+        said = run([*profiler, *page, *program], patience)
         lines = log.read_text().splitlines() if log.exists() else []
     kernels = [row for row in csv.DictReader(line for line in lines if line.startswith('"')) if row["ID"]]
     if not kernels:
-        last = (done.stderr.strip() or "\n".join(lines) or "no output").splitlines()[-1]
+        last = (said.strip() or "\n".join(lines) or "no output").splitlines()[-1]
         raise Missing(f"Nsight Compute saw no kernel: {last}")
-    return summary(kernels)
+    calls = product(names, ("forward", "backward"))
+    return {call: summary(launched) for call, launched in zip(calls, by_call(kernels), strict=False) if launched}
 
 
-def summary(kernels: Iterable[dict[str, str]]) -> dict[str, float]:
+def run(command: list[str], patience: float) -> str:
+    """What a command says on its standard error; ended with all that it started if it takes too long."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, start_new_session=True)
+    try:
+        return process.communicate(timeout=patience)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise Missing(f"Nsight Compute did not end within {patience:g} s") from None
+
+
+def by_call(kernels: Iterable[Row]) -> list[list[Row]]:
+    """The kernels of each call: what follows a marker."""
+    calls: list[list[Row]] = []
+    for row in kernels:
+        if once.MARKER in row["Kernel Name"]:
+            calls.append([])
+        elif calls:
+            calls[-1].append(row)
+    return calls
+
+
+def summary(kernels: Iterable[Row]) -> Counters:
     """Of a row of counters per kernel, those of all kernels together; a counter that no kernel has is left out."""
     rows = [{name: number(row.get(name)) for name in METRICS} for row in kernels]
     times = [row[TIME] or 0.0 for row in rows]
-    found: dict[str, float] = {"kernels": len(rows), "profiled_ms": sum(times) / 1e6}
+    found: Counters = {"kernels": len(rows), "profiled_ms": sum(times) / 1e6}
     moved = [row[name] for row in rows for name in BYTES]
     if None not in moved:
         found["dram_gib"] = sum(each or 0.0 for each in moved) / 2**30

@@ -19,9 +19,11 @@ from ..gang import Place
 from ..oracle import Case, make_inputs
 from ..records import circumstances
 from ..settings import Parallel, require, require_one_of
-from .cases import DTYPES, PASSES, describe, named_case, shape_of, tera_operations
+from .cases import DTYPES, PASSES, describe, matching, named_case, shape_of, tera_operations
 from .desk import Desk
-from .implementations import Implementation, local_implementations
+from .implementations import local_implementations
+from .local import Implementation
+from .timing import Deadline
 from .truth import Truth
 from .workers import Failed, Worker, preload, tensors
 
@@ -38,11 +40,12 @@ class KernelBench:
     bench: str = "kernel"
     cases: list[str] = field(default_factory=list)  # batch/q_heads:kv_heads/head_dim/seq_len/mask
     dtype: str = "auto"  # auto: bf16 on GPUs, else fp32
-    passes: list[str] = field(default_factory=lambda: list(PASSES))
-    implementations: list[str] = field(default_factory=list)  # empty: all but the specification
+    passes: list[str] = field(default_factory=lambda: ["forward", "backward"])
+    implementations: list[str] = field(default_factory=list)  # names or patterns; empty: all but the specification
     rounds: int = 2
     budget_ms: float = 200.0  # for one implementation and pass in one round
     patience: float = 120.0  # seconds until an implementation that does not answer is ended
+    deadline: float | None = None  # seconds after which nothing more is begun; what was measured is kept
     seed: int = 0
     record: str | None = None  # a file of JSON lines to add the results to
     parallel: Parallel = field(default_factory=lambda: Parallel(ranks=1))
@@ -51,9 +54,9 @@ class KernelBench:
         for text in self.cases:
             named_case(text)
         require_one_of("dtype", self.dtype, ("auto", *DTYPES))
-        for key, names in (("passes", PASSES), ("implementations", local_implementations())):
-            for name in getattr(self, key):
-                require_one_of(key, name, tuple(names))
+        for which in self.passes:
+            require_one_of("passes", which, tuple(PASSES))
+        matching("implementations", self.implementations, local_implementations())
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.budget_ms > 0, "budget_ms", self.budget_ms, "more than 0")
         require(self.patience > 0, "patience", self.patience, "more than 0 seconds")
@@ -61,8 +64,8 @@ class KernelBench:
 
     def chosen(self) -> list[Implementation]:
         known = local_implementations()
-        names = self.implementations or [name for name in known if name != SPECIFICATION]
-        return [known[name] for name in names]
+        standard = [each for name, each in known.items() if name != SPECIFICATION]
+        return matching("implementations", self.implementations, known) or standard
 
     def named_cases(self, device: torch.device) -> list[Case]:
         auto = "bf16" if device.type == "cuda" else "fp32"
@@ -80,9 +83,13 @@ def measure(
 ) -> Iterator[list[dict[str, Any]]]:
     """For each case, a record for every implementation and pass that gave a right result in time."""
     common = circumstances(1) | {"bench": settings.bench}
+    deadline = Deadline(settings.deadline)
     workers: dict[str, Worker] = {}
     try:
         for number, case in enumerate(cases):
+            if deadline.passed():
+                print(f"{describe(case)}: not measured: the deadline passed", flush=True)
+                continue
             began = time.monotonic()
             for each in implementations:  # one that was ended starts anew
                 if each.name not in workers:
@@ -90,7 +97,7 @@ def measure(
             contest = Contest(workers, case, settings)
             contest.load()
             contest.check(device)
-            yield [common | row for row in contest.take_turns()]
+            yield [common | row for row in contest.take_turns(deadline)]
             print(f"{describe(case)}: case {number + 1} of {len(cases)}, {time.monotonic() - began:.1f} s", flush=True)
     finally:
         for worker in workers.values():
@@ -147,8 +154,8 @@ class Contest:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # a worker may need it
 
-    def take_turns(self) -> list[dict[str, Any]]:
-        """Times everybody, in another order each round."""
+    def take_turns(self, deadline: Deadline) -> list[dict[str, Any]]:
+        """Times everybody, in another order each round, until all rounds are over or the deadline is."""
         times: dict[tuple[str, str], list[float]] = {}
         memory: dict[tuple[str, str], float | None] = {}
         order = random.Random(self.settings.seed)
@@ -156,13 +163,17 @@ class Contest:
             turns = [(name, which) for name in self.running for which in self.settings.passes]
             order.shuffle(turns)
             for name, which in turns:
-                if name not in self.running:
-                    continue  # it failed earlier in this round
+                if name not in self.running or deadline.passed():
+                    continue  # it failed earlier in this round, or there is no time left
                 self.workers[name].tell("measure", which, self.settings.budget_ms, LEAST_SAMPLES, MOST_SAMPLES)
                 answer = self.hear(name)
                 if answer is not None:
                     samples, memory[name, which] = answer
                     times.setdefault((name, which), []).extend(samples)
+        for name in [
+            name for name in self.running if any((name, which) not in times for which in self.settings.passes)
+        ]:
+            self.exclude(name, "the deadline passed")
         return [
             row(self.case, name, which, times[name, which], memory[name, which])
             for name in self.running

@@ -25,8 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..oracle import Case, Inputs
 from . import flash_attn_shim
 from .across import Across
+from .local import other_mask
+from .torch_kernels import flash_mask
 
-__all__ = ["VARIANTS", "RingFlashAttention", "TorchContextParallel", "backends"]
+__all__ = ["RINGS", "RingFlashAttention", "RingFlashAttentionPacked", "TorchContextParallel", "backends"]
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "aten": SDPBackend.FLASH_ATTENTION}  # by the names of our kernels
 
@@ -69,10 +71,12 @@ class TorchContextParallel(Across):
         return functional.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=True)
 
 
+RINGS = ("ring", "zigzag", "stripe")
 VARIANTS = {  # of ring-flash-attn: function, layout
     "ring": ("ring_flash_attn_func", "contiguous"),
     "zigzag": ("zigzag_ring_flash_attn_func", "zigzag"),
     "stripe": ("stripe_flash_attn_func", "striped"),
+    "llama3": ("llama3_flash_attn_varlen_func", "contiguous"),
 }
 
 
@@ -95,6 +99,38 @@ class RingFlashAttention(Across):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
         return ring_flash_attn(self.kernel, self.function)(q, k, v, causal=case.causal)
+
+
+class RingFlashAttentionPacked(RingFlashAttention):
+    """Its way for packed documents: all keys gathered, head by head, over FlashAttention-2. It also takes windows."""
+
+    any_mask = True
+
+    def __init__(self):
+        super().__init__("llama3", "aten")
+
+    def refuses(self, x: Inputs, case: Case, ranks: int) -> str | None:
+        if other_mask(case) is None:
+            return "is for documents and windows; without them its zigzag is meant"
+        if not x.q.is_cuda or case.batch > 1:
+            return "takes one row on CUDA devices"
+        if case.seq_len % ranks:
+            return f"{case.seq_len} tokens do not divide among {ranks} ranks"
+        return super().refuses(x, case, ranks)
+
+    @contextmanager
+    def ready(self, case: Case, device: torch.device) -> Iterator[None]:
+        bounds = torch.tensor(case.documents or (0, case.seq_len), dtype=torch.int32, device=device)
+        prepare = ring_flash_attn(self.kernel, "llama3_flash_attn_prepare_cu_seqlens")
+        *cum, keys = prepare(bounds, case.causal, dist.get_rank(), dist.get_world_size())
+        _, _, window = flash_mask(case, device)
+        self.options = {"causal": case.causal, "window_size": (window.get("window_size_left", -1), -1)}
+        self.shapes = (*cum, 1, keys)  # one head at a time, as its documentation has it
+        yield
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
+        function = ring_flash_attn(self.kernel, self.function)
+        return function(q[0], k[0], v[0], *self.shapes, **self.options)[None]
 
 
 def ring_flash_attn(kernel: str, function: str) -> Any:

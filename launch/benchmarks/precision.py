@@ -109,7 +109,7 @@ def run(settings: PrecisionBench, place: Place) -> Iterator[list[dict[str, Any]]
         }
         rows: list[dict[str, Any]] = []
         for ranks in settings.rings:
-            plan = make_plan(settings.layout, case.seq_len, ranks, causal=case.causal)
+            plan = make_plan(settings.layout, case.seq_len, ranks, **case.mask)
             for name, each in entrants.items():
                 heads = one_head(through_the_ring(plan, each, case, inputs), *head, case.kv_heads)
                 rows += [row | {"impl": name, "ranks": ranks} for row in errors(case, truth, heads)]

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..oracle import Case
 from ..records import read_records
-from .cases import DTYPES, MASKS
+from .cases import DTYPES
+from .masks import mask_fields
 
 __all__ = ["Record", "amount", "case_of", "digest", "latest", "order", "read", "spell", "told"]
 
@@ -20,7 +21,7 @@ ALONE = {"check": ("kernel", "layout"), "train": ("context", "kernel", "layout",
 PEERS = (
     *("torch-math", "torch-fa2", "torch-cudnn", "fa4"),
     *("allgather", "ulysses", "torch-cp-allgather", "torch-cp-alltoall"),
-    *("ring-flash-attn-ring", "ring-flash-attn-stripe", "ring-flash-attn-zigzag"),
+    *("ring-flash-attn-ring", "ring-flash-attn-stripe", "ring-flash-attn-zigzag", "ring-flash-attn-llama3"),
 )
 
 
@@ -73,7 +74,7 @@ def order(names: Iterable[str]) -> list[str]:
 def case_of(record: Record) -> Case:
     """What was measured, as far as its operations go."""
     shape = {key: record[key] for key in ("seq_len", "batch", "q_heads", "kv_heads", "head_dim")}
-    return Case(**shape, causal=MASKS[record["mask"]], dtype=DTYPES[record["dtype"]])
+    return Case(**shape, dtype=DTYPES[record["dtype"]], **mask_fields(record["mask"], record["seq_len"]))
 
 
 def amount(tokens: int) -> str:

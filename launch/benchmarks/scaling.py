@@ -5,7 +5,7 @@ shuffled order. A figure is the slowest rank's time; the median is over windows 
 waiting, and `synchronised_ms` is the same with a wait after each step. With P ranks:
 
     efficiency  = one GPU's time for the whole sequence with the fastest of our kernels / (P x median_ms)
-    exposed_ms  = median_ms - the time of one rank's share of the work when all that it needs is there
+    exposed_ms  = median_ms - the slowest rank's time for its share of the work when all that it needs is there
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .across import Across
 from .cases import describe
 from .contest import Contest
 from .ranks import AcrossRanks, make_crew
-from .timing import Meter
+from .timing import Deadline, Meter
 
 __all__ = ["ScalingBench", "measure"]
 
@@ -35,8 +35,9 @@ class ScalingBench(AcrossRanks):
 
     bench: str = "scaling"
     rounds: int = 2
-    ahead: int = 12  # steps that the host issues before it waits; fewer where they take longer than the budget
-    budget_ms: float = 400.0  # for one implementation, pass and way of waiting in one round
+    ahead: int = 24  # steps that the host issues before it waits; fewer where they take longer than the budget
+    budget_ms: float = 200.0  # for one implementation, pass and way of waiting in one round
+    deadline: float | None = None  # seconds after which nothing more is begun; what was measured is kept
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,14 +56,18 @@ def measure(entrants: list[Across], settings: ScalingBench, place: Place) -> Ite
     """For each case, a record for every implementation and pass that gave a right result in time."""
     common = circumstances(place.size) | {"bench": settings.bench}
     crew = make_crew(place, place.size, settings.patience)
-    meter = Meter(settings.budget_ms, settings.ahead)
+    meter, deadline = Meter(settings.budget_ms, settings.ahead), Deadline(settings.deadline)
     try:
         for case in settings.sequences(place.device, place.size, TOKENS):
+            if crew.share(deadline.passed())[0]:
+                if place.rank == 0:
+                    print(f"{describe(case)} on {place.size}: not measured: the deadline passed", flush=True)
+                continue
             began = time.monotonic()
             contest = Contest(crew, entrants, case, settings.seed)
             contest.check()
             checked = time.monotonic()
-            yield [common | row for row in contest.take_turns(settings.passes, settings.rounds, meter)]
+            yield [common | row for row in contest.take_turns(settings.passes, settings.rounds, meter, deadline)]
             if place.rank == 0:
                 took = f"checks {checked - began:.1f} s, times {time.monotonic() - checked:.1f} s"
                 print(f"{describe(case)} on {place.size}: {took}", flush=True)

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from ringattn.layout import make_layout
-
 from ..oracle import Case, Inputs, Result, make_inputs
-from .across import Across, Local, Share, cut
-from .implementations import Implementation, Ours
-from .timing import Meter, slowest
+from .across import Across, Local, Share, cut, layout_of
+from .implementations import Ours
+from .local import Implementation
+from .timing import Meter, hold, slowest
+from .torch_kernels import BY_TORCH
 from .tracing import Interval, intervals, most_allocated, trace
 from .truth import Truth, one_head
 
@@ -48,6 +48,7 @@ class Station:
         """Finds out what is right: the last key/value head, whose addresses are the highest."""
         case = self.case
         self.truth = Truth(case, self.whole(), case.batch - 1, case.kv_heads - 1)
+        self.tidy()
 
     def forget(self) -> None:
         self.truth = None
@@ -64,7 +65,7 @@ class Station:
         """What this rank's part of a result has wrong."""
         assert self.truth is not None
         case = self.case
-        x = cut(each, self.whole(), self.rank, self.size)
+        x = cut(each, self.whole(), self.case, self.rank, self.size)
         with each.ready(case, self.device):
             self.poison(x)
             parts = self.differentiate(each, x)
@@ -72,8 +73,10 @@ class Station:
         infinite = [name for name, part in zip(Result._fields, result, strict=True) if not part.isfinite().all()]
         if infinite:
             return f"{', '.join(infinite)}: values that are not finite"
-        tokens = make_layout(each.layout, case.seq_len, self.size).positions(self.rank).to(self.device)
+        tokens = layout_of(each, case, self.size).positions(self.rank).to(self.device)
         faults = self.truth.faults(one_head(result, case.batch - 1, case.kv_heads - 1, case.kv_heads), tokens)
+        del x, parts, result
+        self.tidy()
         told = (f"{part} errs {error:.1e}, allowed {allowed:.1e}" for part, (error, allowed) in faults.items())
         return ", ".join(told)
 
@@ -92,7 +95,7 @@ class Station:
     @contextmanager
     def ready(self, each: Across, which: str) -> Iterator[tuple[Callable[[], object], Inputs]]:
         """One pass of an implementation, ready to be called and called before, and its inputs."""
-        x = cut(each, self.whole(), self.rank, self.size)
+        x = cut(each, self.whole(), self.case, self.rank, self.size)
 
         def forward() -> None:
             with torch.no_grad():
@@ -124,33 +127,42 @@ class Station:
             return (most_allocated(events) + sum(tensor.nbytes for tensor in x)) / 2**30
 
     def follow(self, each: Across, which: str) -> list[Interval]:
-        """When this rank computed and communicated in one pass that all ranks began together, the second of two."""
+        """When this rank computed and communicated in one pass that all ranks began together."""
+
+        def steps() -> None:
+            if self.device.type == "cuda":
+                work()  # brings the ranks together
+                hold(self.device)
+            work()
+
         with self.ready(each, which) as (work, _):
             slowest(0.0)
-            trace(work, self.device)  # the profiler's own start is slow
+            trace(steps, self.device)  # the profiler's own start is slow
             slowest(0.0)
-            return intervals(trace(work, self.device))
+            return intervals(trace(steps, self.device))
 
-    def time_alone(self, kernel: str, which: str, meter: Meter) -> dict[str, Any]:
+    def time_alone(self, kernel: str, which: str, meter: Meter) -> list[float]:
         """One GPU, the whole sequence; all ranks do the same."""
         return self.time_local(Ours(kernel), self.case, which, meter)
 
-    def time_share(self, local: Local, which: str, meter: Meter) -> dict[str, Any]:
-        """This rank's share of the work, all that it needs being there."""
-        if local.layout is not None:
-            return self.time_local(Share(local, self.rank, self.size), self.case, which, meter)
-        case = self.case
-        case = case._replace(q_heads=case.q_heads // self.size, kv_heads=case.kv_heads // self.size)
-        return self.time_local(Ours(local.kernel), case, which, meter)
+    def time_torch(self, kernel: str, which: str, meter: Meter) -> list[float]:
+        """The same with torch's own call of a kernel, without what our interface adds to it."""
+        each = BY_TORCH[kernel] if self.device.type == "cuda" else Ours(kernel)
+        return self.time_local(each, self.case, which, meter)
 
-    def time_local(self, each: Implementation, case: Case, which: str, meter: Meter) -> dict[str, Any]:
-        x = each.prepare(make_inputs(case, self.seed, self.device))
+    def time_share(self, local: Local, which: str, meter: Meter) -> list[float]:
+        """This rank's share of the work, all that it needs being there."""
+        return self.time_local(Share(local, self.rank, self.size), self.case, which, meter)
+
+    def time_local(self, each: Implementation, case: Case, which: str, meter: Meter) -> list[float]:
+        """Milliseconds per step, the host running ahead."""
+        x = each.prepare(make_inputs(case, self.seed, self.device), case)
         work = {
             "forward": lambda: each.forward(x, case),
             "forward+backward": lambda: each.backward(x, each.forward(x, case), case),
         }[which]
         work()
-        found = meter.measure(work, self.device)
+        found = meter.measure_ahead(work, self.device)
         self.tidy()
         return found
 

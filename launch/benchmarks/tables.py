@@ -47,8 +47,15 @@ def kernels(records: Iterable[Record]) -> str:
 
 
 def scaling(records: Iterable[Record]) -> str:
-    """Time with the host running ahead and waiting, rate, efficiency, what communication adds."""
+    """Time with the host running ahead and waiting, rate, efficiency, what communication adds; how many times as fast
+    as the best peer of the same run."""
     rows: Rows = {}
+    records = list(records)
+    best: dict[tuple[str, str], float] = {}
+    for record in records:
+        if not record["impl"].startswith("ringattn-"):
+            key = spell_case(record), record["pass"]
+            best[key] = max(best.get(key, 0.0), record["tflops_per_gpu"])
     for record in records:
         row, short = row_of(rows, record, "ranks", "kernel"), SHORT[record["pass"]]
         row[f"{short} ms"] = f"{record['median_ms']:.3f}"
@@ -56,6 +63,8 @@ def scaling(records: Iterable[Record]) -> str:
         row[f"{short} exposed"] = "" if record["exposed_ms"] is None else f"{record['exposed_ms']:.3f}"
         row[f"{short} TFLOP/s"] = f"{record['tflops_per_gpu']:.3g}"
         row[f"{short} efficiency"] = "" if record["efficiency"] is None else f"{record['efficiency']:.1%}"
+        rival = best.get((spell_case(record), record["pass"]))
+        row[f"{short} /peers"] = "" if rival is None else f"{record['tflops_per_gpu'] / rival:.2f}"
     return grid(rows)
 
 

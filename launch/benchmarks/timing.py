@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-__all__ = ["FLUSH_BYTES", "Meter", "samples_ms", "slowest"]
+__all__ = ["FLUSH_BYTES", "Deadline", "Meter", "hold", "samples_ms", "slowest"]
 
 # Written before each timed call. It empties every cache, and takes long enough (some 0.3 ms) for the host to have
 # issued the call that follows, so that short kernels are timed and not their launches.
 FLUSH_BYTES = 2**30
 WARM_UP_MS = 50.0
+HOLD_CYCLES = 2_000_000  # about a millisecond
 
 
 def samples_ms(
@@ -58,6 +60,16 @@ def host_samples(work: Callable[[], object], budget_ms: float, least: int, most:
     return [once() for _ in range(count(budget_ms, once(), least, most))]
 
 
+class Deadline:
+    """When to begin nothing more, so that what was measured until then is kept. Starts when made."""
+
+    def __init__(self, seconds: float | None):
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def passed(self) -> bool:
+        return time.monotonic() > self.end
+
+
 @dataclass(frozen=True)
 class Meter:
     """How ranks time a pass together: they start each window at once, and all take as many steps."""
@@ -69,13 +81,28 @@ class Meter:
 
     def measure(self, work: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
         """Milliseconds per step on this rank: the host running ahead, and waiting after each step."""
-        estimate = slowest(window_ms(work, device, 1))
-        steps = count(self.budget_ms, estimate, self.least, self.ahead)
-        windows = count(self.budget_ms, steps * estimate, 1, self.most)
+        steps, windows = self.plan(work, device)
         return {
             "ahead": [window_ms(work, device, steps) for _ in range(windows)],
-            "synchronised": [window_ms(work, device, 1) for _ in range(steps)],
+            "synchronised": [window_ms(work, device, 1, ahead=False) for _ in range(steps)],
         }
+
+    def measure_ahead(self, work: Callable[[], object], device: torch.device) -> list[float]:
+        """Milliseconds per step on this rank, the host running ahead."""
+        steps, windows = self.plan(work, device)
+        return [window_ms(work, device, steps) for _ in range(windows)]
+
+    def plan(self, work: Callable[[], object], device: torch.device) -> tuple[int, int]:
+        """Steps of a window, and windows."""
+        estimate = slowest(window_ms(work, device, 1))
+        steps = count(self.budget_ms, estimate, self.least, self.ahead)
+        return steps, count(self.budget_ms, steps * estimate, 1, self.most)
+
+
+def hold(device: torch.device) -> None:
+    """Keeps a GPU waiting for a millisecond, so that the host is ahead of it when the work that follows begins."""
+    if device.type == "cuda":
+        torch.cuda._sleep(HOLD_CYCLES)
 
 
 def slowest(here: float) -> float:
@@ -85,8 +112,8 @@ def slowest(here: float) -> float:
     return shared.item()
 
 
-def window_ms(work: Callable[[], object], device: torch.device, steps: int) -> float:
-    """Milliseconds per step of some steps in a row that all ranks begin together."""
+def window_ms(work: Callable[[], object], device: torch.device, steps: int, ahead: bool = True) -> float:
+    """Milliseconds per step of some steps in a row that all ranks begin together, the host ahead or not."""
     slowest(0.0)
     if device.type != "cuda":
         start = time.perf_counter()
@@ -95,6 +122,8 @@ def window_ms(work: Callable[[], object], device: torch.device, steps: int) -> f
         return 1e3 * (time.perf_counter() - start) / steps
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
+    if ahead:
+        hold(device)
     begin.record()
     for _ in range(steps):
         work()

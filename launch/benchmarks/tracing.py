@@ -16,6 +16,7 @@ __all__ = ["Interval", "intervals", "most_allocated", "trace"]
 
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 TRAVELS = ("nccl", "gloo:", "PtoP", "P2P")  # in the name of what moves data between ranks
+HOLDS = "spin_kernel"  # what `timing.hold` launches; nobody's work
 Interval = tuple[str, float, float, str]
 
 
@@ -25,7 +26,7 @@ def trace(work: Callable[[], object], device: torch.device, memory: bool = False
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize(device)
-    with profile(activities=activities, profile_memory=memory) as profiler:
+    with profile(activities=activities, profile_memory=memory, acc_events=True) as profiler:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -46,12 +47,16 @@ def most_allocated(events: list[dict[str, Any]]) -> int:
 def intervals(events: list[dict[str, Any]]) -> list[Interval]:
     """(what, start, end, name) in microseconds of each stretch of "compute" and of "communication".
 
-    On GPUs these are kernels and copies; on CPUs attention and what gloo does.
+    On GPUs these are kernels and copies after the last `hold`; on CPUs attention and what gloo does.
     """
     found: list[Interval] = []
+    holds = [event["ts"] for event in events if event.get("cat") in ON_GPU and HOLDS in event["name"]]
+    begin = max(holds, default=0.0)
     gpu = any(event.get("cat") in ON_GPU for event in events)
     for event in events:
         name = event["name"]
+        if HOLDS in name or event["ts"] < begin:
+            continue
         travels = any(word in name for word in TRAVELS)
         counts = event.get("cat") in ON_GPU if gpu else travels or ("aten::" in name and "attention" in name)
         if counts and "dur" in event:

@@ -12,6 +12,7 @@ and three times as much in gradients.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,7 @@ from ..oracle import Case, Inputs, Result, allowed_error, error
 
 __all__ = ["Truth", "one_head"]
 
-MATRIX_BYTES = 2**31  # of one matrix of some rows
+MATRIX_BYTES = 2**30  # of one matrix of some rows; about ten such are alive at once
 FACTORS = (2.0, 3.0, 3.0, 3.0)  # out, dq, dk, dv
 
 
@@ -35,7 +36,7 @@ def one_head(x: Inputs | Result, batch: int, group: int, groups: int) -> list[Te
 
 
 def attend(
-    x: list[Tensor], causal: bool, scale: float, dtype: torch.dtype, rounded: Callable[[Tensor], Tensor]
+    x: list[Tensor], case: Case, scale: float, dtype: torch.dtype, rounded: Callable[[Tensor], Tensor]
 ) -> Result:
     """Forward and backward of one key/value head, computed in `dtype`; [H/G, L, D] or [1, L, D] each."""
     q, k, v, dout = (tensor.to(dtype) for tensor in x)
@@ -43,22 +44,40 @@ def attend(
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     outs, dqs = [], []
     step = max(1, min(length, MATRIX_BYTES // (heads * length * dtype.itemsize)))
-    for start in range(0, length, step):
+    for start in reversed(range(0, length, step)):  # longest rows first: the others fit into their memory
         rows = slice(start, min(start + step, length))
-        keys = slice(0, rows.stop if causal else length)
+        keys = within_reach(case, rows)
         p = q[:, rows] @ k[:, keys].mT * scale
-        if causal:
-            last = torch.arange(start, rows.stop, device=q.device)[:, None]
-            p.masked_fill_(torch.arange(rows.stop, device=q.device) > last, -torch.inf)
-        p = p.softmax(-1)
+        p = p.masked_fill_(hidden(case, rows, keys, q.device), -torch.inf).softmax(-1)
         out = rounded(rounded(p) @ v[:, keys])
         ds = dout[:, rows] @ v[:, keys].mT
         ds = rounded(ds.sub_((dout[:, rows] * out).sum(-1, keepdim=True)).mul_(p))
-        outs.append(out)
-        dqs.append(ds @ k[:, keys] * scale)
+        outs.insert(0, out)
+        dqs.insert(0, ds @ k[:, keys] * scale)
         dk[:, keys] += (ds.mT @ q[:, rows] * scale).sum(0, keepdim=True)
         dv[:, keys] += (rounded(p).mT @ dout[:, rows]).sum(0, keepdim=True)
     return Result(*(rounded(part) for part in (torch.cat(outs, 1), torch.cat(dqs, 1), dk, dv)))
+
+
+def within_reach(case: Case, rows: slice) -> slice:
+    """The keys that any of some rows sees, and as few others as one stretch allows."""
+    first = 0 if case.window is None else max(rows.start - case.window + 1, 0)
+    if case.documents is not None:
+        first = max(first, case.documents[bisect_right(case.documents, rows.start) - 1])
+    return slice(first, rows.stop if case.causal else case.seq_len)
+
+
+def hidden(case: Case, rows: slice, keys: slice, device: torch.device) -> Tensor:
+    """Which of some keys each of some rows does not see, [rows, keys] or less where all rows are alike."""
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)
+    unseen = key > row if case.causal else torch.zeros((), dtype=torch.bool, device=device)
+    if case.window is not None:
+        unseen = unseen | (key <= row - case.window)
+    if case.documents is not None:
+        bounds = torch.tensor(case.documents, device=device)
+        unseen = unseen | (torch.bucketize(key, bounds, right=True) != torch.bucketize(row, bounds, right=True))
+    return unseen
 
 
 class Truth:
@@ -68,9 +87,9 @@ class Truth:
         self.batch, self.group = batch, group
         x = one_head(inputs, batch, group, case.kv_heads)
         scale = case.head_dim**-0.5
-        self.right = attend(x, case.causal, scale, torch.float64, lambda part: part)
+        self.right = attend(x, case, scale, torch.float64, lambda part: part)
         wide = torch.promote_types(case.dtype, torch.float32)
-        rough = attend(x, case.causal, scale, wide, lambda part: part.to(case.dtype).to(wide))
+        rough = attend(x, case, scale, wide, lambda part: part.to(case.dtype).to(wide))
         self.rough = Result(*(part.to(case.dtype) for part in rough))
 
     def faults(self, got: list[Tensor], tokens: Tensor | None = None) -> dict[str, tuple[float, float]]:

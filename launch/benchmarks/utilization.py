@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from ..gang import Place
+from ..oracle import Case
 from ..records import circumstances
-from ..settings import require, require_one_of
+from ..settings import require
 from . import counters, kernel
-from .cases import DTYPES, describe, named_case, shape_of
+from .cases import DTYPES, describe, matching, named_case, shape_of
 from .contest import Contest
 from .desk import Desk
 from .implementations import local_implementations
@@ -48,8 +49,7 @@ class UtilizationBench(AcrossRanks):
         super().__post_init__()
         for text in self.cases:
             named_case(text)
-        for name in self.local:
-            require_one_of("local", name, tuple(local_implementations()))
+        matching("local", self.local, local_implementations())
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.budget_ms > 0, "budget_ms", self.budget_ms, "more than 0")
 
@@ -81,15 +81,31 @@ def profiled(settings: UtilizationBench, place: Place) -> Iterator[list[dict[str
     peaks = ceilings(place.device)
     cases = alone.named_cases(place.device)
     for case, records in zip(cases, kernel.measure(alone.chosen(), cases, alone, place.device), strict=True):
+        counted = counters_of(records, case, settings, place.device)
         for record in records:
-            record |= {"bench": settings.bench} | peaks | dict.fromkeys(counters.FIELDS)
+            call = record["impl"], record["pass"]
+            record |= {"bench": settings.bench} | peaks | dict.fromkeys(counters.FIELDS) | counted.get(call, {})
             record["peak_share"] = record["tflops_per_gpu"] / peaks["peak_tflops"]
-            try:
-                call = record["impl"], describe(case), record["dtype"], record["pass"]
-                record |= counters.count(*call, seed=settings.seed, patience=settings.patience)
-            except counters.Missing as missing:
-                print(f"{describe(case)}: no counters for {record['impl']}, {record['pass']}: {missing}", flush=True)
         yield records
+
+
+def counters_of(
+    records: list[dict[str, Any]], case: Case, settings: UtilizationBench, device: torch.device
+) -> dict[counters.Call, counters.Counters]:
+    """What Nsight Compute counts of those that were timed; prints whom it does not count, and why."""
+    names = list(dict.fromkeys(record["impl"] for record in records))
+    found, reason = {}, "Nsight Compute did not come to it"
+    try:
+        if device.type != "cuda":
+            raise counters.Missing("a CPU has none")
+        dtype = records[0]["dtype"] if records else ""
+        found = counters.count(names, describe(case), dtype, settings.seed, settings.patience)
+    except counters.Missing as missing:
+        reason = str(missing)
+    for record in records:
+        if (record["impl"], record["pass"]) not in found:
+            print(f"{describe(case)}: no counters for {record['impl']}, {record['pass']}: {reason}", flush=True)
+    return found
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ringattn.kernels import triton_launch
-from ringattn.kernels.segments import Segment, Segments
+from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tuning import LONG
 
 TOOLS = Path(triton.backends.__path__[0]) / "nvidia" / "bin"
@@ -66,13 +67,13 @@ def compiled_by(capability: int, calls: Iterable[Callable[[], None]]) -> list:
     return list(dict.fromkeys(kernels))
 
 
-def attend(head_dim: int, dtype: torch.dtype, length: int) -> None:
+def attend(head_dim: int, dtype: torch.dtype, length: int, window: int) -> None:
     """Causal attention as the ring does it: merged into a running result, gradients added to running sums."""
     q, dout = torch.empty(2, 1, length, 32, head_dim, dtype=dtype, device="meta")
     k, v = torch.empty(2, 1, length, 8, head_dim, dtype=dtype, device="meta")
     dq, dk, dv, out = (torch.empty_like(x, dtype=torch.float32) for x in (q, k, v, q))
     lse, delta = torch.empty(2, 1, 32, length, device="meta")
-    segments = Segments([Segment(0, length, 0, length, 0)])
+    segments = Segments([Segment(0, length, 0, length, 0, window)])
     triton_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
     triton_launch.row_delta(dout, out.to(dtype))
     triton_launch.key_gradients(dout, q, k, v, lse, delta, segments, 0.1, dk, dv)
@@ -105,8 +106,10 @@ def report(kernel) -> dict:
 def main(architecture: str, *head_dims: str) -> None:
     triton_launch.architecture = lambda device: architecture
     for head_dim in map(int, head_dims):
-        lengths = [partial(attend, head_dim, torch.bfloat16, length) for length in (LONG, LONG // 4)]
-        for kernel in compiled_by(int(architecture.removeprefix("sm_")), lengths):
+        calls = [
+            partial(attend, head_dim, torch.bfloat16, *call) for call in product((LONG, LONG // 4), (NO_WINDOW, 9))
+        ]
+        for kernel in compiled_by(int(architecture.removeprefix("sm_")), calls):
             line = {"triton": triton.__version__, "architecture": architecture, "head_dim": head_dim}
             print(json.dumps(line | report(kernel)), flush=True)
 

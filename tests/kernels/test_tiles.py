@@ -16,18 +16,19 @@ def times_seen(work: Work, rows: int, keys: int, of_queries: bool, block: int, s
     """How often each pair is computed, int [rows, keys]."""
     seen = torch.zeros(rows, keys, dtype=torch.int)
     tile_axis = seen if of_queries else seen.T  # [along tiles, along runs]
-    for number, (first, begin, middle, end) in enumerate(work.tiles.tolist()):
+    for number, (first, begin, end) in enumerate(work.tiles.tolist()):
         assert (end > begin) == (number < work.busy)
-        for index in range(begin, end):
-            start, length, shift, low, high, window = work.runs[index].tolist()
+        for start, length, head, tail, shift, low, high, window in work.runs[begin:end].tolist():
             assert length > 0
-            if index < middle:  # whole blocks, every row and key of the tile
-                assert length % step == 0
-                tile_axis[first : first + block, start : start + length] += 1
-                continue
+            assert head % step == tail % step == 0
+            assert head <= tail <= max(head, length)
             t, u = torch.arange(low, high)[:, None], torch.arange(length)[None, :]
             back = t + shift - u if of_queries else u + shift - t
-            tile_axis[first + low : first + high, start : start + length] += (back >= 0) & (back < window)
+            visible = (back >= 0) & (back < window)
+            if head < tail:  # blocks without a mask: every row and key of the tile
+                assert (low, first + high) == (0, min(first + block, len(tile_axis)))
+                assert visible[:, head:tail].all()
+            tile_axis[first + low : first + high, start : start + length] += visible
     return seen
 
 
@@ -45,8 +46,8 @@ def test_every_visible_pair_is_computed_once(seed):
 def test_only_the_diagonal_of_an_aligned_mask_is_masked():
     causal = Segments([Segment(0, 1024, 0, 1024, 0)])
     for work, masked in ((query_tiles(causal, 1024, 128, 64), 128), (key_tiles(causal, 1024, 128, 64), 128)):
-        for _, _, middle, end in work.tiles.tolist():
-            assert work.runs[middle:end, 1].sum() == masked
+        _, length, head, tail, *_ = work.runs.T
+        assert (head + length - tail == masked).all()
 
 
 def test_tiles_come_longest_first_and_idle_ones_last():

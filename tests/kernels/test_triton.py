@@ -26,7 +26,6 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Trito
 TILINGS = {
     "pointers": Tiling(16, 16, 4, 2),
     "descriptors": Tiling(32, 16, 4, 2, tma=True),
-    "ahead": Tiling(16, 16, 4, 2, tma=True, ahead=True),
 }
 
 

@@ -2,15 +2,16 @@
 
 import os
 import time
+from itertools import pairwise
 
 import pytest
 import torch
 
 from ringattn.kernels.aten import AtenKernel
-from ringattn.launch.benchmarks import implementations, kernel
-from ringattn.launch.benchmarks.cases import describe, named_case, tera_operations
+from ringattn.launch.benchmarks import implementations, kernel, local, masks, truth
+from ringattn.launch.benchmarks.cases import PASSES, describe, named_case, tera_operations
 from ringattn.launch.benchmarks.truth import Truth, one_head
-from ringattn.launch.oracle import Case, attend_on_one_rank, make_inputs
+from ringattn.launch.oracle import Case, Result, attend_on_one_rank, make_inputs
 
 CPU = torch.device("cpu")
 TOY = "2/4:2/16/100/causal"
@@ -64,7 +65,8 @@ def measure(*entrants, cases=(TOY,), **options):
 
 
 def test_a_figure_for_each_pass_in_exactly_these_fields():
-    records = measure(implementations.Ours("aten"), implementations.TorchMath(), cases=[TOY, "1/2:2/8/33/none"])
+    entrants = implementations.Ours("aten"), implementations.TorchMath()
+    records = measure(*entrants, cases=[TOY, "1/2:2/8/33/none"], passes=list(PASSES))
     assert [(each["impl"], each["seq_len"], each["pass"]) for each in records] == [
         (name, length, which)
         for length in (100, 33)
@@ -85,22 +87,41 @@ def test_a_figure_for_each_pass_in_exactly_these_fields():
     [
         (Slightly(), "wrong: dk errs"),
         (Unfinished(), "ValueError: out holds values that are not finite"),
-        (Hanging(), "no answer within 3 s"),
         (Dying(), "its process died with exit code 7"),
         (Refusing(), "it is Sunday"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_no_figure_without_a_right_result(capsys, entrant, reason):
-    records = measure(
-        entrant,
-        implementations.Ours("aten"),
-        cases=[TOY, TOY],
-        passes=["forward"],
-        patience=3 if isinstance(entrant, Hanging) else 60,
-    )
+    records = measure(entrant, implementations.Ours("aten"), cases=[TOY, TOY], passes=["forward"], patience=60)
     assert [each["impl"] for each in records] == ["ringattn-aten"] * 2
     assert capsys.readouterr().out.count(f"{TOY}: no figure for wrong: {reason}") == 2
+
+
+def test_who_hangs_is_ended(capsys):
+    began = time.monotonic()
+    assert not measure(Hanging(), patience=2)
+    assert time.monotonic() - began < 30
+    assert f"{TOY}: no figure for wrong: no answer within 2 s" in capsys.readouterr().out
+
+
+def test_nothing_is_begun_after_the_deadline(capsys):
+    assert not measure(implementations.Ours("aten"), cases=[TOY], deadline=0.0)
+    assert f"{TOY}: not measured: the deadline passed" in capsys.readouterr().out
+
+
+def test_patterns_choose_and_a_kernel_with_a_switch_appears_in_both_ways(monkeypatch):
+    class Switched(AtenKernel):
+        def backward(self, *arguments, deterministic=False, **options):
+            assert deterministic
+            return super().backward(*arguments, **options)
+
+    monkeypatch.setitem(implementations.KERNELS, "swift", Switched())
+    names = [each.name for each in kernel.KernelBench(implementations=["*swift*", "*-swift"]).chosen()]
+    assert names == ["ringattn-swift", "ringattn-swift-deterministic"]
+    each, case = implementations.local_implementations()[names[1]], named_case(TOY, torch.float32)
+    x = make_inputs(case, 0)
+    assert len(each.backward(x, each.forward(x, case), case)) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -120,12 +141,52 @@ def test_the_truth_lets_torchs_kernel_pass_and_no_damage(dtype, causal):
 
 
 def test_the_truth_in_pieces_is_the_same(monkeypatch):
-    from ringattn.launch.benchmarks import truth
-
     case = Case(50, 1, 2, 1, 8)
     whole = truth.Truth(case, make_inputs(case, 0), 0, 0).right
     monkeypatch.setattr(truth, "MATRIX_BYTES", 2 * 50 * 8 * 7)  # seven rows at a time
     torch.testing.assert_close(truth.Truth(case, make_inputs(case, 0), 0, 0).right, whole)
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("documents", [None, (0, 1, 20, 44, 50)])
+def test_the_truth_of_windows_and_documents(monkeypatch, window, documents):
+    """Against one dense softmax, with a mask written out from the definition."""
+    monkeypatch.setattr(truth, "MATRIX_BYTES", 2 * 50 * 8 * 7)
+    case = Case(50, 1, 2, 1, 8, window=window, documents=documents)
+    inputs = make_inputs(case, 0)
+    q, k, v, dout = (x.transpose(1, 2).clone().requires_grad_() for x in inputs)
+    place = range(50)
+    document = [sum(start <= i for start in documents or (0,)) for i in place]
+    seen = [[j <= i and i - j < (window or 50) and document[i] == document[j] for j in place] for i in place]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, torch.tensor(seen), enable_gqa=True)
+    right = Result(*(part.transpose(1, 2) for part in (out, *torch.autograd.grad(out, (q, k, v), dout))))
+    got = truth.Truth(case, inputs, 0, 0).right
+    torch.testing.assert_close([*got], one_head(right, 0, 0, 1))
+    assert tera_operations(case, "forward") * 1e12 == pytest.approx(4 * 2 * 8 * sum(map(sum, seen)), rel=0.1)
+
+
+def test_masks_appear_when_plans_take_them(monkeypatch):
+    assert named_case("1/2:2/8/99/none") == Case(99, 1, 2, 2, 8, False, torch.bfloat16)
+
+    def dense(layout, seq_len, ranks, *, causal): ...
+
+    def any_mask(layout, seq_len, ranks, *, causal, window_size=None, cu_seqlens=None): ...
+
+    monkeypatch.setattr(masks, "make_plan", dense)
+    for name in ("packed-lognormal", "window-4096", "window-0"):
+        with pytest.raises(ValueError, match=f"cases: mask={name}: expected one of causal, none$"):
+            named_case(f"1/2:2/8/8192/{name}")
+    monkeypatch.setattr(masks, "make_plan", any_mask)
+    packed, window = (named_case(f"1/2:2/8/8192/{name}") for name in ("packed-lognormal", "window-4096"))
+    assert (describe(packed), describe(window)) == ("1/2:2/8/8192/packed-lognormal", "1/2:2/8/8192/window-4096")
+    assert window.mask == {"causal": True, "window_size": (4095, 0)}
+    bounds = packed.mask["cu_seqlens"]
+    assert (bounds[0], bounds[-1]) == (0, 8192)
+    assert all(0 < end - start <= 8192 for start, end in pairwise(bounds))
+    assert local.other_mask(packed) == "is not called with the mask packed-lognormal here"
+    long = masks.lognormal_documents(2**22)
+    assert len(long) == pytest.approx(2**22 / 4096, rel=0.2)
+    assert max(end - start for start, end in pairwise(long)) == 32768
 
 
 def test_operations_are_counted_as_everybody_counts_them():

@@ -1,84 +1,24 @@
-"""Memory, precision and utilization, measured at toy size."""
+"""Precision and hardware counters, and requests that make no sense."""
 
-import contextlib
-import io
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from hydra import compose, initialize_config_module
 
-from ringattn.launch.bench import BENCHES
+from ringattn.launch.bench import BENCHES, register, resolve
 from ringattn.launch.benchmarks import counters, memory, precision, utilization
 from ringattn.launch.benchmarks.tables import table
 from ringattn.launch.gang import Place
-from tests.gang import run_ranks
 from tests.launch.test_bench import FIELDS
 
 CPU = torch.device("cpu")
 RESULT = FIELDS - {"min_ms", "max_ms"}
-SHAPE = {"tokens": [24], "q_heads": 4, "kv_heads": 2, "head_dim": 16, "patience": 60.0}
 OURS = "ringattn-aten-ring-zigzag"
-
-
-def benches(rank, *all_settings):
-    """Of several benches, the records that one rank gives, and what it prints."""
-    place = Place(rank, dist.get_world_size(), CPU, "a test")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        found = [
-            [each for records in BENCHES[settings.bench][1](settings, place) for each in records]
-            for settings in all_settings
-        ]
-    return found, printed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def measured():
-    """Records of memory and of utilization, from one gang, and what was printed."""
-    weighing = memory.MemoryBench(**SHAPE, rings=[1, 2], implementations=[OURS, "allgather"])
-    looking = utilization.UtilizationBench(
-        **SHAPE, cases=["1/2:1/8/32/causal"], local=["ringattn-aten", "fa4"], implementations=[OURS], budget_ms=1
-    )
-    (found, printed), _ = run_ranks(2, benches, weighing, looking, timeout=100)
-    return *found, printed
-
-
-def test_memory_of_the_ring_does_not_grow_with_it(measured):
-    records, *_ = measured
-    held = {(each["impl"], each["pass"], each["ranks"]): each["peak_memory_gib"] for each in records}
-    assert len(held) == 8
-    assert held[OURS, "forward", 2] == held[OURS, "forward", 1] > 4 * 24 * 4 * 16 * 4 / 2**30
-    assert held["allgather", "forward", 2] > 1.2 * held["allgather", "forward", 1]
-    for each in records:
-        assert set(each) == RESULT | {"ranks", "kernel"}
-        assert each["seq_len"] == 24 * each["ranks"]
-    assert "| 24              | ringattn-aten-ring-zigzag | forward " in table(records)
-
-
-def test_one_gpu_is_timed_and_what_has_no_counters_says_so(measured):
-    _, records, printed = measured
-    alone = [each for each in records if "timeline" not in each]
-    assert [(each["impl"], each["pass"]) for each in alone] == [
-        ("ringattn-aten", "forward"),
-        ("ringattn-aten", "backward"),
-    ]
-    for each in alone:
-        assert set(each) == FIELDS | set(counters.FIELDS) | {"peak_tflops", "peak_gbs", "peak_share"}
-        assert each["peak_share"] == each["tflops_per_gpu"] / each["peak_tflops"] > 0
-    assert "no figure for fa4: not installed" in printed
-    assert "no counters for ringattn-aten, forward: Nsight Compute (ncu) is not on the PATH" in printed
-    assert "ringattn-aten" in table(records)
-
-
-def test_a_timeline_of_compute_and_communication_on_every_rank(measured):
-    _, records, _ = measured
-    (record,) = (each for each in records if "timeline" in each)
-    assert set(record) == RESULT | {"ranks", "kernel", "timeline"}
-    seen = {(rank, what) for rank, what, *_ in record["timeline"]}
-    assert seen == {(rank, what) for rank in (0, 1) for what in ("compute", "communication")}
-    assert min(start for _, _, start, _ in record["timeline"]) == 0
-    assert all(start <= end for _, _, start, end in record["timeline"])
 
 
 def test_error_as_the_ring_grows():
@@ -120,12 +60,20 @@ def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: list[str]) -> 
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
+CASE = ("1/2:1/8/32/causal", "bf16", 0, 20.0)
+MARK = ["0", "at::cuda::(anonymous namespace)::spin_kernel(long)", *("7" for _ in counters.METRICS)]
+
+
 def test_counters_of_several_kernels_are_weighted_by_their_time(tmp_path, monkeypatch):
     units = ["", "", "ns", "byte", "byte", *("%" for _ in counters.SHARES)]
-    first = ["0", "a", "3,000,000", str(2**29), str(2**29), "80", "10", "50", "32", "60"]
-    second = ["1", "b", "1,000,000", "0", str(2**30), "40", "50", "90", "16", "n/a"]
-    pretend(tmp_path, monkeypatch, HEAD, units, first, second)
-    found = counters.count("ringattn-triton", "1/2:1/8/32/causal", "bf16", "forward", seed=0, patience=20)
+    first = ["1", "a", "3,000,000", str(2**29), str(2**29), "80", "10", "50", "32", "60"]
+    second = ["2", "b", "1,000,000", "0", str(2**30), "40", "50", "90", "16", "n/a"]
+    other = ["4", "c", "1,000,000", "0", "0", "25", "0", "0", "0", "0"]
+    pretend(tmp_path, monkeypatch, HEAD, units, MARK, first, second, MARK, other, MARK)
+    counted = counters.count(["ringattn-triton", "torch-fa2"], *CASE)
+    assert list(counted) == [("ringattn-triton", "forward"), ("ringattn-triton", "backward")]
+    assert counted["ringattn-triton", "backward"]["sm_utilization"] == 0.25
+    found = counted["ringattn-triton", "forward"]
     assert set(found) == set(counters.FIELDS)
     assert (found["kernels"], found["profiled_ms"], found["dram_gib"]) == (2, 4.0, 2.0)
     assert found["sm_utilization"] == pytest.approx(0.7)
@@ -137,7 +85,7 @@ def test_counters_of_several_kernels_are_weighted_by_their_time(tmp_path, monkey
 def test_a_profiler_that_sees_nothing_is_named(tmp_path, monkeypatch):
     pretend(tmp_path, monkeypatch)
     with pytest.raises(counters.Missing, match="saw no kernel: ==PROF== Connected to process 1"):
-        counters.count("ringattn-triton", "1/2:1/8/32/causal", "bf16", "forward", seed=0, patience=20)
+        counters.count(["ringattn-triton"], *CASE)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +99,23 @@ def test_a_profiler_that_sees_nothing_is_named(tmp_path, monkeypatch):
 def test_wrong_requests_are_refused(schema, options, message):
     with pytest.raises(ValueError, match=message):
         schema(**options)
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_composes(name):
+    register()
+    with initialize_config_module("ringattn.conf", version_base="1.3"):
+        assert isinstance(resolve(compose("bench", [f"bench={name}"])), BENCHES[name][0])
+
+
+def test_the_command_prints_a_table_and_appends_records(tmp_path: Path):
+    options = ["cases=[1/2:1/8/32/causal]", "rings=[1,2]", f"record={tmp_path}/p.jsonl", f"hydra.run.dir={tmp_path}"]
+    command = [sys.executable, "-m", "ringattn.launch.bench", "bench=precision", "parallel.device=cpu", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "| 1/2:1/8/32/causal bf16 | ringattn-aten-ring-zigzag | 2 " in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [each["ranks"] for each in records] == [1] * 8 + [2] * 8
 
 
 def test_rings_must_not_be_larger_than_the_gang():

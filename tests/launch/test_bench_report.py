@@ -128,7 +128,7 @@ def test_what_the_tables_say(root: Path):
         append_records(root / "docs" / "benchmarks" / f"{name}.jsonl", make())
     publish(root)
     lines = [" ".join(line.split()) for line in (root / "docs" / "benchmarks.md").read_text().splitlines()]
-    assert "| causal, 5000, 8:2 heads of 64 | **215** | 211 |" in lines
+    assert "| causal, 5000, 8:2 heads of 64 | **215 (1.02)** | 211 |" in lines
     assert "| ulysses (cudnn) | 123 (50%), 2.00, 0.25 | 123 (50%), 2.00, 0.25 |" in lines
     assert "| ulysses (aten) | 0.5 | 0.5 |" in lines
     assert "| dq, rounded-partials-triton | 1.00e-03 | 1.00e-03 |" in lines

@@ -1,107 +1,19 @@
-"""Attention across ranks, measured: only what is right on every rank gets a figure, and nothing hangs the bench."""
-
-import contextlib
-import importlib.util
-import io
-import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""Attention across ranks, measured: what it is compared with, and the command."""
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ringattn.kernels.registry import KERNELS
-from ringattn.launch.benchmarks import scaling
-from ringattn.launch.benchmarks.across import OursAcross, Share, cut, gathered_segments
+from ringattn.launch.benchmarks import ranks, scaling
+from ringattn.launch.benchmarks.across import OursAcross, Share, busiest, cut, gathered_segments
 from ringattn.launch.benchmarks.baselines import AllGather, Ulysses
 from ringattn.launch.benchmarks.cases import named_case
 from ringattn.launch.benchmarks.contest import over_ranks
-from ringattn.launch.benchmarks.peers import VARIANTS, RingFlashAttention
-from ringattn.launch.gang import Place
 from ringattn.launch.oracle import Inputs, attend_on_one_rank, make_inputs
 from ringattn.plan import make_plan
 from tests.gang import run_ranks
-from tests.launch.test_bench import FIELDS
 
 CPU = torch.device("cpu")
-SHAPE = {"tokens": [24], "batch": 2, "q_heads": 4, "kv_heads": 2, "head_dim": 16}
-ADDED = {"synchronised_ms", "exposed_ms", "one_gpu_ms", "one_gpu_impl", "ranks", "kernel"}
-
-
-class Odd(OursAcross):
-    """Right on rank 0; what it does on rank 1 is told by its name."""
-
-    def __init__(self, name: str):
-        super().__init__("aten", "ring", "zigzag")
-        self.name = name
-
-    def refuses(self, x, case, ranks):
-        return "it is Sunday" if self.name == "refusing" else None
-
-    def attend(self, q, k, v, case):
-        if dist.get_rank() == 1:
-            if self.name == "hanging":
-                time.sleep(60)
-            if self.name == "dying":
-                os._exit(7)
-            if self.name == "raising":
-                raise ValueError("not this one")
-            if self.name == "wrong":
-                out = super().attend(q, k, v, case)
-                return out + 0.001 * out.detach()  # so that no gradient tells rank 0
-            if self.name == "unfinished":
-                v = v * torch.nan
-        return super().attend(q, k, v, case)
-
-
-def bench(rank, names, settings):
-    """Records and what was printed, of one rank."""
-    place = Place(rank, dist.get_world_size(), CPU, "a test")
-    entrants = [*map(Odd, names), OursAcross("aten", "ring", "striped"), Ulysses("aten"), AllGather("aten", True)]
-    if settings.dtype == "bf16":
-        entrants += [RingFlashAttention(variant, "aten") for variant in VARIANTS]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        records = [each for found in scaling.measure(entrants, settings, place) for each in found]
-    return records, printed.getvalue()
-
-
-def test_only_what_is_right_on_every_rank_gets_a_figure():
-    reasons = {
-        "wrong": "wrong on rank 1: out errs",
-        "unfinished": "wrong on rank 0: out, dq, dk: values that are not finite",
-        "hanging": "no answer within 4 s on every rank",
-        "dying": "its process died with exit code 7 on rank 1",
-        "raising": "ValueError: not this one on rank 1",
-        "refusing": "it is Sunday",
-    }
-    settings = scaling.ScalingBench(**SHAPE, rounds=1, budget_ms=1, ahead=3, patience=4)
-    (records, printed), (elsewhere, silence) = run_ranks(2, bench, list(reasons), settings, timeout=100)
-    assert [each["impl"] for each in records] == [
-        name for name in ("ringattn-aten-ring-striped", "ulysses", "allgather") for _ in range(2)
-    ]
-    assert not silence
-    assert len(elsewhere) == len(records)
-    for name, reason in reasons.items():
-        assert f"no figure for {name}: {reason}" in printed
-    for each in records:
-        assert set(each) == FIELDS | ADDED
-        assert 0 < each["min_ms"] <= each["median_ms"] <= each["max_ms"]
-        assert each["efficiency"] == pytest.approx(each["one_gpu_ms"] / each["median_ms"] / 2)
-        assert each["one_gpu_impl"] == "ringattn-aten"
-    first = records[0]
-    assert (first["seq_len"], first["ranks"], first["pass"], first["mask"]) == (48, 2, "forward", "causal")
-    assert first["tflops_per_gpu"] == pytest.approx(2 * 4 * 4 * 16 * 48**2 / 2 / first["median_ms"] / 1e9 / 2)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("ring_flash_attn") is None, reason="ring-flash-attn is not installed")
-def test_ring_flash_attention_is_measured_where_it_is_installed():
-    settings = scaling.ScalingBench(**SHAPE, dtype="bf16", rounds=1, budget_ms=1, ahead=3, passes=["forward"])
-    records = run_ranks(2, bench, [], settings)[0][0]
-    assert [each["impl"] for each in records][3:] == [f"ring-flash-attn-{variant}" for variant in VARIANTS]
 
 
 def test_the_slowest_rank_counts():
@@ -118,7 +30,7 @@ def peers_without_a_gpu(rank):
     inputs = make_inputs(case, 0)
     right = attend_on_one_rank(KERNELS["aten"], case, inputs)
     for each in (Ulysses("aten"), AllGather("aten", False)):
-        x = cut(each, inputs, rank, 2)
+        x = cut(each, inputs, case, rank, 2)
         q, k, v = (tensor.requires_grad_() for tensor in x[:3])
         with each.ready(case, CPU):
             out = each.attend(q, k, v, case)
@@ -128,6 +40,13 @@ def peers_without_a_gpu(rank):
 
 def test_the_baselines_compute_without_a_mask_too():
     run_ranks(2, peers_without_a_gpu)
+
+
+def test_the_busiest_rank_of_a_plan_counts():
+    case = named_case("1/2:2/8/64/causal", torch.float32)
+    assert busiest(Ulysses("aten").local, case, 4) == 1 / 4
+    assert busiest(OursAcross("aten", "ring", "zigzag").local, case, 4) == pytest.approx(1 / 4)
+    assert busiest(OursAcross("aten", "ring", "contiguous").local, case, 2) == pytest.approx(3 / 4, rel=0.01)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
@@ -141,10 +60,21 @@ def test_a_share_of_the_work_is_what_the_ring_computes(layout):
     for rank in range(3):
         assert sum(segment.pairs for segment in gathered_segments(plan, rank)) == plan.pairs(rank)
         share = Share(OursAcross("reference", "ring", layout).local, rank, 3)
-        x = share.prepare(inputs)
+        x = share.prepare(inputs, case)
         x = Inputs(x.q, inputs.k[:, order], inputs.v[:, order], x.dout)
         out = share.forward(x, case)[0]
         torch.testing.assert_close(out, right.out[:, plan.layout.positions(rank)])
+
+
+def test_one_thing_at_a_time_is_changed_unless_all_is_asked_for(monkeypatch):
+    monkeypatch.setattr(ranks, "NAMED_EXECUTORS", ("ring", "pull", "auto"))
+    ways = {"aten-ring-zigzag", "aten-pull-zigzag", "aten-auto-zigzag", "aten-ring-contiguous", "aten-ring-striped"}
+    ways |= {f"{name}-ring-zigzag" for name in KERNELS if name != "reference"}
+    assert ranks.standard("aten") == {f"ringattn-{way}" for way in ways}
+    assert [each.name for each in scaling.ScalingBench(implementations=["ul*", "*-aten-ring-*"]).chosen(CPU)] == [
+        "ulysses",
+        *(f"ringattn-aten-ring-{layout}" for layout in ("contiguous", "zigzag", "striped")),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -160,15 +90,3 @@ def test_a_share_of_the_work_is_what_the_ring_computes(layout):
 def test_wrong_requests_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         scaling.ScalingBench(**options)
-
-
-def test_the_command_prints_a_table_and_appends_records(tmp_path: Path):
-    options = ["parallel.device=cpu", "tokens=[16]", "q_heads=2", "kv_heads=1", "head_dim=8", "rounds=1", "budget_ms=1"]
-    options += ["implementations=[ringattn-aten-ring-zigzag,torch-cp-allgather]", f"hydra.run.dir={tmp_path}"]
-    command = [sys.executable, "-m", "ringattn.launch.bench", "bench=scaling", *options, "passes=[forward]"]
-    done = subprocess.run([*command, f"record={tmp_path}/s.jsonl"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "no figure for torch-cp-allgather: torch's context_parallel runs its CUDA kernels only" in done.stdout
-    assert "| 1/2:1/8/32/causal fp32 | ringattn-aten-ring-zigzag" in done.stdout
-    (record,) = (json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines())
-    assert (record["impl"], record["ranks"], record["seq_len"]) == ("ringattn-aten-ring-zigzag", 2, 32)
