@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_tile import await_turn, fetch, named_sync, product_layout, reduce_add, reduced, run_at
+from .hopper_tile import viewed, await_turn, fetch, named_sync, product_layout, reduce_add, reduced, run_at
 
 __all__ = ["gradients_kernel"]
 
@@ -57,7 +57,7 @@ def gradients_kernel(
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS_OF_TILE, WIDTH], dtype)
     per_row: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS_OF_TILE, ROWS], dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], gl.float32)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], gl.float32)
     s_k = gl.allocate_shared_memory(dtype, [KEYS_OF_TILE, WIDTH], tile)
     s_v = gl.allocate_shared_memory(dtype, [KEYS_OF_TILE, WIDTH], tile)
     s_q = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, WIDTH], tile)
@@ -65,7 +65,7 @@ def gradients_kernel(
     s_lse = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], per_row)
     s_delta = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], per_row)
     s_ds = gl.allocate_shared_memory(dtype, [SLOTS, KEYS_OF_TILE, ROWS], ds_layout)
-    s_dq = gl.allocate_shared_memory(gl.float32, [2, ROWS, WIDTH], dq_layout)
+    s_dq = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS, 64], dq_layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -109,7 +109,8 @@ def load(
         for i_h in range(head0, head0 + SHARE):
             odd = start % SHIFTS
             i_bhs = (i_b * GROUPS * GROUP + i_h) * SHIFTS + odd
-            for row in range(start, start + length, BLOCK):
+            for n in range(gl.cdiv(length, BLOCK)):
+                row = start + block_at(n, length, head, tail)
                 for step in gl.static_range(2):
                     i, j = slot + step, row + step * ROWS
                     mbarrier.wait(empty.index(i), phase)
@@ -130,14 +131,15 @@ def add(
     tile's turn (`turns.py`)."""
     s_dq, dq_full, dq_empty = adds
     i_b, i_g, head0, key0, first, end = locate(tiles, GROUPS, GROUP, SHARE)
-    PARTS: gl.constexpr = s_dq.shape[2] // 32
+    PARTS: gl.constexpr = s_dq.shape[0]
     phase = 0
     for i_run in range(first, end):
         start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
         for i_h in range(head0, head0 + SHARE):
             if ORDERED:
                 p_turn = turns + 2 * gl.load(visits + i_run)
-            for row in range(start, start + length, BLOCK):
+            for n in range(gl.cdiv(length, BLOCK)):
+                row = start + block_at(n, length, head, tail)
                 if ORDERED:
                     turn, next_turn = gl.load(p_turn), gl.load(p_turn + 1)
                     p_counter = counters + (i_b * GROUPS * GROUP + i_h) * CELLS + row // BLOCK
@@ -148,7 +150,7 @@ def add(
                     for i in gl.static_range(pair, pair + 2):
                         mbarrier.wait(dq_full.index(i), phase)
                         j = row + i // (PARTS // 2) * ROWS
-                        reduce_add(dq, [i_b, i_h, j, i % (PARTS // 2) * 64], part_of(s_dq, i))
+                        reduce_add(dq, [i_b, i_h, j, i % (PARTS // 2) * 64], s_dq.index(i))
                     tma.store_wait(0)
                     for i in gl.static_range(pair, pair + 2):
                         mbarrier.arrive(dq_empty.index(i), count=1)
@@ -176,24 +178,28 @@ def compute(
     block: gl.constexpr = wide_block if WIDTH == 128 else narrow_block
     b_dk = gl.zeros([64, WIDTH], gl.float32, SUMS)
     b_dv = gl.zeros([64, WIDTH], gl.float32, SUMS)
-    ragged = key0 + KEYS_OF_TILE > KEYS  # keys past the end are zeros, but P of a zero need not be finite
     mbarrier.wait(kv_full, 0)
+    left_k, left_v = keys[0].slice(HALF * 64, 64), keys[1].slice(HALF * 64, 64)
+    if WIDTH == 64:
+        SCORES_LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(ROWS), k_width=2)
+        left_k, left_v = left_k.load(SCORES_LEFT), left_v.load(SCORES_LEFT)
     slot, phase = 0, 0
     for i_run in tl.range(first, end, disable_licm=True):
         p_run = runs + 8 * i_run
         start, length, head, tail = gl.load(p_run), gl.load(p_run + 1), gl.load(p_run + 2), gl.load(p_run + 3)
-        tail = gl.where(ragged, head, tail)
         for i_h in tl.range(head0, head0 + SHARE, disable_licm=True):
-            for j in tl.range(0, length, BLOCK, disable_licm=True):
-                masked = (j < head) | (j >= tail)
-                b_dk, b_dv = block(HALF, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked)
+            for n in tl.range(gl.cdiv(length, BLOCK), disable_licm=True):
+                masked = n >= (tail - head) // BLOCK
+                j = block_at(n, length, head, tail)
+                b_dk, b_dv = block(HALF, slot, phase, left_k, left_v, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked)
                 slot, phase = advance(slot, phase, SLOTS)
 
     for part in gl.static_range(WIDTH // 64):
         mbarrier.wait(dq_empty.index(2 * part + HALF), (phase if SLOTS == 2 else slot >> 1) ^ 1)
     i_b, i_g, head0, key0, first, end = locate(tiles, GROUPS, GROUP, SHARE)
-    put(dv, b_dv, s_dq.index(HALF), [i_b, i_g, key0 + HALF * 64, 0], ADD)
-    put(dk, b_dk * scale, s_dq.index(HALF), [i_b, i_g, key0 + HALF * 64, 0], ADD)
+    s_out = viewed(s_dq, gl.float32, [2, 64, WIDTH], gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], gl.float32)).index(HALF)
+    put(dv, b_dv, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
+    put(dk, b_dk * scale, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
 
 
 @gluon.jit
@@ -209,6 +215,15 @@ def locate(tiles, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr
 
 
 @gluon.jit
+def block_at(n, length, head, tail):
+    """Where the n-th block of a run begins, in the order of the walk: those without a mask, then the others, last rows
+    first. Tiles that walk side by side come to the same rows at the same time."""
+    whole = (tail - head) // BLOCK
+    masked = (gl.cdiv(length, BLOCK) - 1 - n) * BLOCK
+    return gl.where(n < whole, tail - (n + 1) * BLOCK, gl.where(masked < head, masked, masked - head + tail))
+
+
+@gluon.jit
 def advance(slot, phase, SLOTS: gl.constexpr):
     """The next two slots of the ring, and the phase of their barriers, which changes with each round."""
     if SLOTS == 2:
@@ -218,14 +233,13 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked):
+def wide_block(HALF: gl.constexpr, slot, phase, my_k, my_v, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked):
     """Two steps of 64 rows each."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
     SUMS: gl.constexpr = product_layout(s_q.shape[2])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, k_width=2)
     dtype: gl.constexpr = s_q.dtype
-    my_k, my_v = s_k.slice(HALF * 64, 64), s_v.slice(HALF * 64, 64)
     for step in gl.static_range(2):
         mbarrier.wait(full.index(step), phase)
         b_s = begin(my_k, s_q.index(step).permute((1, 0)))
@@ -248,14 +262,13 @@ def wide_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_
 
 
 @gluon.jit
-def narrow_block(HALF: gl.constexpr, slot, phase, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked):
+def narrow_block(HALF: gl.constexpr, slot, phase, my_k, my_v, keys, ring, s_ds, adds, b_dk, b_dv, scale, p_run, j, masked):
     """128 rows at once: half of them is this warpgroup's half of dQ."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
     SUMS: gl.constexpr = product_layout(s_q.shape[2])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, k_width=2)
     dtype: gl.constexpr = s_q.dtype
-    my_k, my_v = s_k.slice(HALF * 64, 64), s_v.slice(HALF * 64, 64)
     q0, q1, do0, do1 = s_q.index(slot), s_q.index(slot + 1), s_do.index(slot), s_do.index(slot + 1)
     mbarrier.wait(full.index(slot), phase)
     b_s0 = begin(my_k, q0.permute((1, 0)))
@@ -324,15 +337,28 @@ def hand_over(b_dq, adds, PART: gl.constexpr, phase):
     """Half of dQ of a block to the one that adds it."""
     s_dq, dq_full, dq_empty = adds
     mbarrier.wait(dq_empty.index(PART), phase ^ 1)
-    part_of(s_dq, PART).store(b_dq)
+    store_spread(s_dq.index(PART), b_dq)
     fence_async_shared()
     mbarrier.arrive(dq_full.index(PART), count=1)
 
 
+@gluon.constexpr_function
+def spread_layout():
+    """[64, 64] fp32 as TMA has it, rows of 128 bytes whose 16-byte pieces are swapped by the row's number, and in odd
+    rows columns 16 apart swapped as well."""
+    line = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
+    rows = [[1, 4 ^ 16], [2, 8], [4, 16], [8, 0], [16, 0], [32, 0]]
+    return gl.SharedLinearLayout(line + rows + [[0, 32]], alignment=1024)
+
+
 @gluon.jit
-def part_of(s_dq, PART: gl.constexpr):
-    """Where dQ of a block waits to be added, [64, 64]: by steps, and in them by halves."""
-    return s_dq.index(PART % 2).slice(PART // 2 * 64, 64, dim=1)
+def store_spread(s_x, b_x):
+    """Stores [64, 64] without bank conflicts: two rows that would meet in a bank store different columns at a time."""
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, b_x.type.layout))
+    left, right = gl.split(gl.permute(gl.reshape(b_x, [64, 2, 2, 16]), [0, 1, 3, 2]))
+    b_swapped = gl.reshape(gl.permute(gl.join(right, left), [0, 1, 3, 2]), [64, 64])
+    b_swapped = gl.convert_layout(b_swapped, b_x.type.layout)
+    viewed(s_x, gl.float32, [64, 64], spread_layout()).store(gl.where((row % 2 == 1)[:, None], b_swapped, b_x))
 
 
 @gluon.jit

@@ -109,7 +109,13 @@ def lower(segments: Segments, keys: int, device: torch.device) -> tuple[Work, in
 
 
 def tables(segments: Segments, keys: int) -> Work:
-    return key_tiles(segments, keys, KEYS, BLOCK)
+    """The tiles and runs, with a mask in all blocks of the tile that reaches past the end: its last keys are zeros, and
+    P of a zero need not be finite."""
+    work = key_tiles(segments, keys, KEYS, BLOCK)
+    for key0, begin, end in work.tiles.tolist():
+        if key0 + KEYS > keys:
+            work.runs[begin:end, 3] = work.runs[begin:end, 2]
+    return work
 
 
 @cache

@@ -31,35 +31,45 @@ class Turns(NamedTuple):
 
 
 def turns_of(work: Work, block: int) -> Turns:
-    """The turns of key tiles whose runs walk rows in blocks of `block`, on cells of as many rows.
+    """The turns of key tiles whose runs walk rows in blocks of `block`, on cells of as many rows. Blocks of a run come
+    in the order of the walk (`hopper_backward.block_at`): those without a mask, then the others, last rows first.
 
-    Example (two tiles walk rows 0 .. 8 and 2 .. 8 in blocks of 4):
+    Example (two tiles walk rows 0 .. 8 and 2 .. 8 in blocks of 4, all masked):
         >>> tiles, runs = torch.tensor([[0, 0, 1], [4, 1, 2]]), torch.zeros(2, 8, dtype=torch.int64)
         >>> runs[:, :2] = torch.tensor([[0, 8], [2, 6]])
-        >>> turns_of(Work(tiles, runs, 2, False), 4)
-        Turns(visits=tensor([0, 2], dtype=torch.int32), turns=tensor([[ 0, -1],
-                [ 0, -1],
-                [ 1,  1],
-                [ 2, -1]], dtype=torch.int32))
+        >>> turns = turns_of(Work(tiles, runs, 2, False), 4)
+        >>> turns.visits.tolist(), turns.turns.tolist()
+        ([0, 2], [[0, -1], [0, -1], [1, -1], [1, 2]])
     """
     tiles, runs = work.tiles.numpy().astype(np.int64), work.runs.numpy().astype(np.int64)
     count = tiles[:, 2] - tiles[:, 1]
     order = np.repeat(tiles[:, 1] - (np.cumsum(count) - count), count) + np.arange(count.sum())  # of the runs
-    start, length = runs[order, 0], runs[order, 1]
-    blocks = -(-length // block)
+    blocks = -(-runs[order, 1] // block)
     begin = np.cumsum(blocks) - blocks
-    row = np.repeat(start - begin * block, blocks) + np.arange(blocks.sum()) * block
-    last_row = np.minimum(row + block, np.repeat(start + length, blocks)) - 1
-    cells = np.stack((row // block, last_row // block), 1)
-    touched = np.stack((np.ones_like(row, bool), cells[:, 1] > cells[:, 0]), 1).ravel()
-    cell = cells.ravel()[touched]
-    by_cell = np.argsort(cell, kind="stable")
-    first = np.concatenate(([True], cell[by_cell][1:] != cell[by_cell][:-1]))
-    place = np.arange(len(cell))
-    rank = np.empty_like(place)
-    rank[by_cell] = place - np.maximum.accumulate(np.where(first, place, 0))
-    turns = np.full(2 * len(row), -1)
-    turns[touched] = rank
+    start, length, head, tail = np.repeat(runs[order, :4], blocks, 0).T
+    n = np.arange(blocks.sum()) - np.repeat(begin, blocks)
+    masked = (-(-length // block) - 1 - n) * block
+    j = np.where(n < (tail - head) // block, tail - (n + 1) * block, np.where(masked < head, masked, masked - head + tail))
+    first, last = (start + j) // block, (start + np.minimum(j + block, length) - 1) // block
+    touched = np.stack((np.ones_like(first, bool), last > first), 1).ravel()
+    cell = np.stack((first, last), 1).ravel()[touched]
+    turns = np.full(len(touched), -1)
+    turns[touched] = rank_among_equals(cell)
     visits = np.zeros(len(runs), np.int64)
     visits[order] = begin
     return Turns(*(torch.from_numpy(x.astype(np.int32)) for x in (visits, turns.reshape(-1, 2))))
+
+
+def rank_among_equals(x: np.ndarray) -> np.ndarray:
+    """How many equal values come before each.
+
+    Example:
+        >>> rank_among_equals(np.array([3, 5, 3, 3, 5])).tolist()
+        [0, 0, 1, 2, 1]
+    """
+    order = np.argsort(x, kind="stable")
+    place = np.arange(len(x))
+    new = np.diff(x[order], prepend=np.nan) != 0
+    rank = np.empty_like(place)
+    rank[order] = place - np.maximum.accumulate(np.where(new, place, 0))
+    return rank
