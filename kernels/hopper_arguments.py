@@ -18,8 +18,8 @@ TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: 
 
 
 def described(x: Tensor, rows: int) -> TensorDescriptor:
-    """x [B, L, H, D] as [B, H, L, D], in blocks of one head and `rows` rows, or a copy of x where it cannot be described.
-    What lies outside of x reads as zero, so blocks may be wider than D."""
+    """x [B, L, H, D] as [B, H, L, D], in blocks of one head and `rows` rows, or a copy of x where it cannot be
+    described. What lies outside of x reads as zero, so blocks may be wider than D."""
     form = None
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0:
         form = form_of(x.shape, x.stride(), x.dtype, rows)
@@ -49,5 +49,5 @@ class CheckedDescriptor(TensorDescriptor):
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; those of an H200 where there is none, which is how kernels are compiled ahead of time."""
+    """Multiprocessors of a GPU; an H200's where there is none, which is how kernels are compiled ahead of time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

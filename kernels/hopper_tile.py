@@ -13,8 +13,20 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from . import triton_tile
 
-__all__ = ["LN2", "LOG2E", "LOWEST", "advance", "await_flag", "fetch", "locate", "named_arrive", "named_sync", "product_layout"]
-__all__ += ["rounds_of", "run_at"]
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "LOWEST",
+    "advance",
+    "await_flag",
+    "fetch",
+    "locate",
+    "named_arrive",
+    "named_sync",
+    "product_layout",
+    "rounds_of",
+    "run_at",
+]
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -39,12 +51,6 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def afresh(i_x):
-    """i_x; the compiler cannot know, so what follows from it is computed again instead of kept in registers."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i_x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def named_sync(BARRIER: gl.constexpr, THREADS: gl.constexpr):
     """Waits at a barrier until `THREADS` threads have come to it, this warpgroup's included. Triton itself uses the
     barriers 0 to 8."""
@@ -65,9 +71,10 @@ def barrier_asm(operation, barrier, threads):
 
 @gluon.jit
 def await_flag(flag, error, EPOCH, PATIENCE, i_flag):
-    """Returns once *flag has reached EPOCH, and what was written before it may be read, by TMA too. Gives up when others
-    did or after PATIENCE nanoseconds: *error becomes 1 + i_flag, and whoever reads keys must look at it afterwards.
-    One warp, all lanes alike. Epochs may wrap around."""
+    """Returns once *flag has reached EPOCH, which may wrap around; what was written before may then be read, by TMA too.
+
+    Gives up when others did or after PATIENCE nanoseconds: *error becomes 1 + i_flag, and whoever uses what was read must
+    look at it afterwards. For one warp, whose lanes all do the same."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred done; .reg .b32 value; .reg .b64 now, end;
