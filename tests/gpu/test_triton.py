@@ -23,8 +23,9 @@ from ringattn.kernels.portable import TritonKernel
 from ringattn.kernels.reference import ReferenceKernel, head_group, visible_pairs
 from ringattn.kernels.segments import Segment, Segments
 from ringattn.launch.oracle import error
+from ringattn.layout import LAYOUTS
 from ringattn.plan import make_plan
-from tests.kernels.test_kernels import cut
+from tests.kernels.test_kernels import against_the_specification, cut
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -156,11 +157,16 @@ def make_case(model: Model, seed: int) -> tuple[Tensor, Tensor, list[Piece], flo
 
     if draw.random() < 0.6:
         ranks = draw.randint(1, 5)
-        layout, causal = draw.choice(["contiguous", "zigzag", "striped"]), draw.random() < 0.7
-        plan = make_plan(layout, draw.randint(1, 400) * ranks + draw.randint(0, ranks - 1), ranks, causal=causal)
+        seq_len = draw.randint(1, 400) * ranks + draw.randint(0, ranks - 1)
+        mask: dict[str, Any] = {"causal": draw.random() < 0.7}
+        if draw.random() < 0.3:
+            mask["window_size"] = (draw.randint(-1, 300), draw.randint(-1, 300))
+        if draw.random() < 0.3:
+            mask["cu_seqlens"] = [0, *sorted(draw.randint(0, seq_len) for _ in range(draw.randint(0, 9)))]
+        plan = make_plan(draw.choice(list(LAYOUTS)), seq_len, ranks, **mask)
         rank = draw.randrange(ranks)
         rows = plan.layout.lengths[rank]
-        sources = [s for s in range(ranks) if plan.segments(rank, s)]
+        sources = [s for s in range(ranks) if plan.segments(rank, s)] or [rank]
         parts = [(plan.layout.lengths[s], plan.segments(rank, s)) for s in draw.sample(sources, len(sources))]
     else:
         rows = draw.randint(1, 700)
@@ -201,6 +207,12 @@ def test_against_fp64(kernel: Kernel, model: Model):
             ours, theirs = (error(x[name][seen], right[seen]) for x in (got, baseline))
             allowed = (2 if name in ("out", "lse") else 3) * theirs + torch.finfo(torch.float32).eps
             assert ours <= allowed, f"seed {seed}: {name} errs {ours:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_capped_scores(dtype: torch.dtype, seed: int):
+    against_the_specification("triton", dtype, seed, "cuda", softcap=(0.3, 2.0, 50.0)[seed % 3])
 
 
 @pytest.mark.parametrize("model", [MODELS[0], MODELS[2]], ids=str)
