@@ -7,15 +7,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .aten import AtenKernel, CudnnKernel
+from .hopper import HopperKernel
 from .interface import Capped, Kernel
 from .portable import TritonKernel
 from .reference import ReferenceKernel
 
 __all__ = ["KERNELS", "Choice", "choose_kernel"]
 
-ALL: tuple[Kernel, ...] = (TritonKernel(), AtenKernel(), CudnnKernel(), ReferenceKernel())
+ALL: tuple[Kernel, ...] = (HopperKernel(), TritonKernel(), AtenKernel(), CudnnKernel(), ReferenceKernel())
 KERNELS = {kernel.name: kernel for kernel in ALL}
-PREFERENCE = ("triton", "aten", "reference")
+PREFERENCE = ("hopper", "triton", "aten", "reference")
 
 
 class Choice(NamedTuple):

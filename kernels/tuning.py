@@ -24,7 +24,8 @@ LONG = 4096  # rows (or keys) from which the tiles of long sequences are taken
 
 class Tiling(NamedTuple):
     """How a kernel is cut and compiled. `tma`: blocks are read through tensor descriptors. `registers`: the most that
-    a thread may take, so that another program fits beside this one."""
+    a thread may take, so that another program fits beside this one. `keep`: the Hopper forward multiplies queries from
+    registers."""
 
     rows: int
     keys: int
@@ -32,6 +33,7 @@ class Tiling(NamedTuple):
     stages: int
     tma: bool = False
     registers: int | None = None
+    keep: bool = False
 
 
 class Key(NamedTuple):
@@ -75,6 +77,9 @@ TABLE: dict[Key, Tiling] = {
     Key("query gradients", "sm_90", "half", 128): Tiling(128, 64, 8, 4, tma=True),
     Key("query gradients", "sm_90", "half", 128, "short"): Tiling(64, 64, 4, 2, tma=True),
     Key("query gradients", "sm_90", "half", 256): Tiling(64, 32, 4, 2, tma=True),
+    Key("hopper forward", "sm_90", "half", 64): Tiling(192, 128, 12, 3, tma=True),
+    Key("hopper forward", "sm_90", "half", 128): Tiling(128, 128, 8, 3, tma=True, keep=True),
+    Key("hopper forward", "sm_90", "half", 256): Tiling(128, 64, 8, 2, tma=True),
     Key("forward", "sm_100", "half", 64): Tiling(128, 128, 8, 3, tma=True),
     Key("forward", "sm_100", "half", 128): Tiling(128, 64, 8, 3, tma=True),
     Key("forward", "sm_100", "half", 256): Tiling(128, 32, 8, 2, tma=True),
@@ -131,7 +136,11 @@ def tiling_for(kernel: str, family: str, dtype: torch.dtype, head_dim: int, leng
 def main() -> None:
     print(f"{'kernel':16} {'family':7} {'dtype':7} {'head dim':>8} {'length':7} rows x keys  warps  stages")
     for key, tiling in TABLE.items():
-        extras = " tma" * tiling.tma + (f" at most {tiling.registers} registers" if tiling.registers else "")
+        extras = (
+            " tma" * tiling.tma
+            + " keep" * tiling.keep
+            + (f" at most {tiling.registers} registers" if tiling.registers else "")
+        )
         row = f"{key.kernel:16} {key.family:7} {key.dtype:7} {key.head_dim:8} {key.length:7}"
         print(f"{row} {tiling.rows:4} x {tiling.keys:<4}  {tiling.warps:5}  {tiling.stages:6} {extras}")
 

@@ -3,7 +3,8 @@
     python tests/aot/report.py sm_90 64 128          # architecture, head dims
 
 The whole launch path runs, on tensors without storage and under a driver that only names its target; each kernel is
-compiled instead of launched. Which release of Triton compiles is a matter of PYTHONPATH.
+compiled instead of launched. Which release of Triton compiles is a matter of PYTHONPATH. On sm_90 the
+Hopper kernels are compiled too.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ringattn.kernels import triton_launch
+from ringattn.kernels import hopper_forward_launch, triton_launch
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tuning import LONG
+from tests.aot import sass
 
 TOOLS = Path(triton.backends.__path__[0]) / "nvidia" / "bin"
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
@@ -67,7 +69,7 @@ def compiled_by(capability: int, calls: Iterable[Callable[[], None]]) -> list:
     return list(dict.fromkeys(kernels))
 
 
-def attend(head_dim: int, dtype: torch.dtype, length: int, window: int) -> None:
+def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, window: int) -> None:
     """Causal attention as the ring does it: merged into a running result, gradients added to running sums."""
     q, dout = torch.empty(2, 1, length, 32, head_dim, dtype=dtype, device="meta")
     k, v = torch.empty(2, 1, length, 8, head_dim, dtype=dtype, device="meta")
@@ -78,6 +80,9 @@ def attend(head_dim: int, dtype: torch.dtype, length: int, window: int) -> None:
     triton_launch.row_delta(dout, out.to(dtype))
     triton_launch.key_gradients(dout, q, k, v, lse, delta, segments, 0.1, dk, dv)
     triton_launch.query_gradients(dout, q, k, v, lse, delta, segments, 0.1, dq)
+    if architecture == "sm_90":
+        hopper_forward_launch.forward(q, k, v, segments, 0.1, None, dtype)
+        hopper_forward_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
 
 
 def report(kernel) -> dict:
@@ -99,15 +104,19 @@ def report(kernel) -> dict:
         "stack": int(registers[2]),
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
+        "overwritten": sass.overwritten_operands(dump.stdout),
+        "shaded": sass.exponentials_in_the_shade(dump.stdout),
+        "spills_in_loops": sass.spills_in_product_loops(dump.stdout),
         "opcodes": dict(collections.Counter(OPCODE.findall(dump.stdout)).most_common()),
     }
 
 
 def main(architecture: str, *head_dims: str) -> None:
-    triton_launch.architecture = lambda device: architecture
+    triton_launch.architecture = hopper_forward_launch.architecture = lambda device: architecture
     for head_dim in map(int, head_dims):
         calls = [
-            partial(attend, head_dim, torch.bfloat16, *call) for call in product((LONG, LONG // 4), (NO_WINDOW, 9))
+            partial(attend, architecture, head_dim, torch.bfloat16, *call)
+            for call in product((LONG, LONG // 4), (NO_WINDOW, 9))
         ]
         for kernel in compiled_by(int(architecture.removeprefix("sm_")), calls):
             line = {"triton": triton.__version__, "architecture": architecture, "head_dim": head_dim}

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.aot import sass
+
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
     pytest.mark.timeout(600),
@@ -30,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 FURTHER = Path(os.environ.get("RINGATTN_TRITONS", os.devnull)).resolve()
 RELEASES = {"installed": None} | {folder.name: folder for folder in sorted(FURTHER.glob("*"))}
 KERNELS = ("forward_kernel", "delta_kernel", "key_gradients_kernel", "query_gradients_kernel")
+HOPPER = ("hopper_forward_kernel",)
 
 
 class Target(NamedTuple):
@@ -76,13 +79,20 @@ def test_shipped_tilings(reports, release: str, architecture: str):
     target = TARGETS[architecture]
     lines = reports[release, architecture]
     compiled = {(line["kernel"], line["head_dim"]) for line in lines}
-    assert compiled == set(product(KERNELS, target.head_dims))
+    kernels = KERNELS + HOPPER if architecture == "sm_90" else KERNELS
+    assert compiled == set(product(kernels, target.head_dims))
     for line in lines:
         name = f"{line['kernel']} at head dim {line['head_dim']}, triton {line['triton']}"
         assert release in ("installed", line["triton"])
         opcodes = line["opcodes"]
-        assert line["stack"] == 0, f"{name}: {line['stack']} bytes of registers spilled"
-        assert not {"LDL", "STL"} & opcodes.keys(), f"{name}: spills"
+        if line["kernel"] in HOPPER:  # once in a tile a few may be spilled, in its loop none
+            assert line["spills_in_loops"] == 0, f"{name}: spills in the loop"
+            assert line["overwritten"] == [], f"{name}: registers overwritten that matrix instructions read"
+            if line["head_dim"] == 128:  # with three warpgroups the others' products suffice
+                assert line["shaded"] >= 64, f"{name}: exponentials wait for the product before"
+        else:
+            assert line["stack"] == 0, f"{name}: {line['stack']} bytes of registers spilled"
+            assert not {"LDL", "STL"} & opcodes.keys(), f"{name}: spills"
         if line["kernel"] == "delta_kernel":
             continue
         assert opcodes.get(target.matrix, 0) > 0, f"{name}: no {target.matrix}"
@@ -90,3 +100,22 @@ def test_shipped_tilings(reports, release: str, architecture: str):
         assert line["shared"] <= target.shared, f"{name}: {line['shared']} bytes of shared memory"
         if architecture == "sm_90":  # more waits than instructions: the assembler gave up on overlapping them
             assert opcodes["HGMMA"] > opcodes["WARPGROUP"], f"{name}: matrix instructions are serialised"
+
+
+def test_the_readings_of_machine_code():
+    """Two products: scores, and one whose left operand, R24 to R27, is written by the last exponential."""
+    loop = """
+.L_x_1:
+        /*0010*/  HGMMA.64x128x16.F32.BF16 R88, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0020*/  HGMMA.64x128x16.F32.BF16 R152, R24, gdesc[UR8].tnspB, R152, gsb0 ;
+        /*0030*/  WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/  MUFU.EX2 R88, R88 ;
+        /*0050*/  MUFU.EX2 R27, R89 ;
+        /*0060*/  STL [R1], R2 ;
+        /*0070*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/  F2FP.BF16.F32.PACK_AB R24, R88, R89 ;
+        /*0090*/  @P0 BRA `(.L_x_1) ;
+"""
+    assert sass.overwritten_operands(loop) == ["MUFU.EX2 R27, R89 "]
+    assert sass.exponentials_in_the_shade(loop) == 2
+    assert sass.spills_in_product_loops(loop) == 1

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU against fp64, at most twice (gradients: three times) as far from it as torch's
+"""Our own kernels on a GPU against fp64, at most twice (gradients: three times) as far from it as torch's
 FlashAttention-2 on the same inputs. `pytest -n 12` compiles in parallel.
 
 Each case is one rank's part of a ring: a random layout, mask, number of ranks and length, or a random list of
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.aten import AtenKernel
+from ringattn.kernels.hopper import HopperKernel
 from ringattn.kernels.interface import Kernel, accumulate_dtype, nothing_seen
 from ringattn.kernels.portable import TritonKernel
 from ringattn.kernels.reference import ReferenceKernel, head_group, visible_pairs
@@ -31,7 +32,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
-KERNEL = TritonKernel()
+KERNELS: tuple[Kernel, ...] = (HopperKernel(), TritonKernel())
 CASES = 10  # for each model
 
 
@@ -179,8 +180,18 @@ def make_case(model: Model, seed: int) -> tuple[Tensor, Tensor, list[Piece], flo
     return q, dout, pieces, draw.choice([1.0, 2.0]) * model.d**-0.5
 
 
+def takes(kernel: Kernel, model: Model) -> Kernel:
+    """The kernel, unless it cannot run such a model here: then the test is skipped."""
+    q, v = (torch.empty(1, 1, 1, width, dtype=model.dtype, device="cuda") for width in (model.d, model.e))
+    if refusal := kernel.refuses(q, q, v):
+        pytest.skip(f"{kernel.name}: {refusal}")
+    return kernel
+
+
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_against_fp64(model: Model):
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_against_fp64(kernel: Kernel, model: Model):
+    takes(kernel, model)
     for seed in range(CASES):
         q, dout, pieces, scale = make_case(model, seed)
         refused = AtenKernel().refuses(q, pieces[0].k, pieces[0].v)
@@ -189,7 +200,7 @@ def test_against_fp64(model: Model):
         expected = attend(ReferenceKernel(), q.double(), dout.double(), exact, scale)
         baseline = attend(baseline_kernel, q, dout, pieces, scale)
         with poisoned():
-            got = attend(KERNEL, q, dout, pieces, scale)
+            got = attend(kernel, q, dout, pieces, scale)
         for name, right in expected.items():
             seen = right != -torch.inf
             assert torch.equal(got[name] == -torch.inf, ~seen), f"seed {seed}: {name}"
@@ -205,17 +216,21 @@ def test_capped_scores(dtype: torch.dtype, seed: int):
 
 
 @pytest.mark.parametrize("model", [MODELS[0], MODELS[2]], ids=str)
-def test_bit_equal_from_run_to_run(model: Model):
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_bit_equal_from_run_to_run(kernel: Kernel, model: Model):
+    takes(kernel, model)
     q, dout, pieces, scale = make_case(model, 3)
-    first = attend(KERNEL, q, dout, pieces, scale)
+    first = attend(kernel, q, dout, pieces, scale)
     for _ in range(50):
-        again = attend(KERNEL, q, dout, pieces, scale)
+        again = attend(kernel, q, dout, pieces, scale)
         assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
 @pytest.mark.parametrize("copies_of", ["queries", "keys"])
-def test_more_than_two_to_the_31_elements(copies_of: str):
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_more_than_two_to_the_31_elements(kernel: Kernel, copies_of: str):
     """Copies of the same queries get the same answer; among n copies of the same keys each weighs 1/n."""
+    takes(kernel, MODELS[0])
     copies, length, heads, width = 2100, 1000, 8, 128
     q, k, v, dout = torch.randn(4, 1, length, heads, width, device="cuda", dtype=torch.bfloat16).unbind()
     expected = attend(ReferenceKernel(), q.double(), dout.double(), [whole(k.double(), v.double(), length)], 0.1)
@@ -227,7 +242,7 @@ def test_more_than_two_to_the_31_elements(copies_of: str):
         weight = 1 / copies
     assert max(q.numel(), k.numel()) > 1 << 31
     with poisoned():
-        got = attend(KERNEL, q, dout, [whole(k, v, q.shape[1])], 0.1)
+        got = attend(kernel, q, dout, [whole(k, v, q.shape[1])], 0.1)
     for name, factor in {"out": 1, "dq": 1, "dk0": weight, "dv0": weight}.items():
         for copy in (got[name][:, :length], got[name][:, -length:]):
             assert ((copy / factor - expected[name]).norm() / expected[name].norm()).item() < 0.02, name

@@ -1,0 +1,45 @@
+"""The Hopper kernels behind the interface: warp-specialised, in Gluon, for compute capability 9.0 and 16-bit inputs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .interface import accumulate_dtype
+from .portable import TritonKernel
+
+__all__ = ["HopperKernel"]
+
+DTYPES = (torch.bfloat16, torch.float16)
+UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
+
+
+class HopperKernel(TritonKernel):
+    """The portable kernels, where there is none of its own. Deterministic: the same inputs give the same bits."""
+
+    name = "hopper"
+    caps_scores = False
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if q.dtype not in DTYPES:
+            return f"it takes bfloat16 and float16, not {q.dtype}"
+        if max(q.shape[-1], v.shape[-1]) > 256:
+            return f"head dims go up to 256, got {q.shape[-1]} for q and k, {v.shape[-1]} for v"
+        if q.shape[-1] % UNIT or v.shape[-1] % UNIT:
+            return f"head dims are multiples of {UNIT}, got {q.shape[-1]} for q and k, {v.shape[-1]} for v"
+        if q.device.type != "cuda" or torch.version.hip:
+            return f"it runs on Hopper GPUs, not on {'ROCm' if torch.version.hip else q.device.type}"
+        if torch.cuda.get_device_capability(q.device) != (9, 0):
+            return "it needs compute capability 9.0, got {}.{}".format(*torch.cuda.get_device_capability(q.device))
+        return None
+
+    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None):
+        if not segments:
+            return super().forward(q, k, v, segments, scale=scale, running=running, out_dtype=out_dtype)
+        from .hopper_forward_launch import forward
+
+        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q))

@@ -1,0 +1,73 @@
+"""The copying warp of the Hopper forward: it brings what the warpgroups read, in their order, as soon as there is room.
+
+All copies are done by TMA, which says by itself when they are complete, at the barriers `full`. That a buffer is free
+again is what the warpgroups say, at `empty`. The warp runs ahead of them, from one tile into the next, so nobody waits
+for memory but at the very start.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .hopper_tile import advance, await_flag, fetch, locate, rounds_of
+
+__all__ = ["copy_blocks"]
+
+
+@gluon.jit
+def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, WAIT: gl.constexpr):
+    """Queries of every tile, and its blocks of keys and values: in one slot the keys of a block and the values of the
+    one before, be it of the tile before."""
+    q, k, v, queries, ring, work, arrival = operands
+    q_smem, q_full, q_empty = queries
+    k_smem, v_smem, full, empty = ring
+    tiles, runs, TILES, SIDE, TOTAL = work
+    flags, error, EPOCH, SLOT, PATIENCE = arrival
+    BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
+    ROWS: gl.constexpr = q_smem.shape[1]
+    SLOTS: gl.constexpr = k_smem.shape[0]
+    KEYS: gl.constexpr = k_smem.shape[1]
+    K_BYTES: gl.constexpr = k.block_type.nbytes
+    V_BYTES: gl.constexpr = v.block_type.nbytes
+    slot = 0
+    phase = 1  # that of a barrier which nobody has used yet counts as over
+    buffer = 0
+    q_phase = 1
+    last = -1  # the block whose values come next; no block yet
+    last_b = 0
+    last_g = 0
+    for i_round in range(rounds_of(TOTAL)):
+        i_bh, row0, begin, end = locate(i_round, tiles, TILES, SIDE)
+        i_b = i_bh // HEADS
+        i_h = i_bh % HEADS
+        i_g = i_h // GROUP
+        for i_run in range(begin, end):
+            start = gl.load(runs + 8 * i_run)
+            if WAIT:
+                i_flag = start // SLOT * (HEADS // GROUP) + i_g
+                await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
+            for j in range(0, gl.load(runs + 8 * i_run + 1), KEYS):
+                mbarrier.wait(empty.index(slot), phase)
+                if last >= 0:
+                    mbarrier.expect(full.index(slot), K_BYTES + V_BYTES)
+                    fetch(v, [last_b, last_g, last, 0], full.index(slot), v_smem.index(slot))
+                else:
+                    mbarrier.expect(full.index(slot), K_BYTES)
+                fetch(k, [i_b, i_g, start + j, 0], full.index(slot), k_smem.index(slot))
+                slot, phase = advance(slot, phase, SLOTS)
+                last = start + j
+                last_b = i_b
+                last_g = i_g
+                if (i_run == begin) & (j == 0):
+                    for i in gl.static_range(PARTS):
+                        at = buffer * PARTS + i
+                        mbarrier.wait(q_empty.index(at), q_phase)
+                        mbarrier.expect(q_full.index(at), q.block_type.nbytes)
+                        fetch(q, [i_b, i_h, row0 + i * ROWS, 0], q_full.index(at), q_smem.index(at))
+                    buffer, q_phase = advance(buffer, q_phase, BUFFERS)
+    if last >= 0:
+        mbarrier.wait(empty.index(slot), phase)
+        mbarrier.expect(full.index(slot), V_BYTES)
+        fetch(v, [last_b, last_g, last, 0], full.index(slot), v_smem.index(slot))

@@ -1,0 +1,245 @@
+"""FlashAttention forward over segments for Hopper GPUs (sm_90), in Gluon: `triton_forward`, with a role for every warp.
+
+A program stays on its multiprocessor and works on one tile of query rows after the other (`hopper_tile.locate`). One
+warp only copies (`hopper_copy`). Each of two or three warpgroups owns 64 rows of the tile. In step j it starts
+Q K_j^T and P_(j-1) V_(j-1) together and computes P_j as soon as the scores are there, while the matrix units go on with
+P V and then with the step of another warpgroup; the warpgroups take turns (FlashAttention-3, arXiv:2407.08608, sections
+3.1 and 3.2):
+
+    matrix units      QK_j  PV_(j-1) | step of another | QK_(j+1)  PV_j | step of another
+    this warpgroup          | P_j -----------------|             | P_(j+1) -----------|
+
+So values lag one block behind keys, and a slot of the ring of buffers holds K_j and V_(j-1). From one tile to the next
+nothing changes: P V of the last block runs beside the first scores of the next tile.
+
+Names as in `triton_forward`; smem: buffers in shared memory; full, empty: their barriers.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_copy import copy_blocks
+from .hopper_rows import finish, sight, start
+from .hopper_scores import add_up, centre, eighths, hide, hold_back, pack, shrink, unpack
+from .hopper_tile import LOG2E, LOWEST, advance, locate, named_arrive, named_sync, product_layout, rounds_of, run_at
+
+__all__ = ["hopper_forward_kernel"]
+
+TURN = gl.constexpr(9)  # the first of the named barriers at which warpgroups wait for their turns
+TWO = gl.constexpr(256)  # threads at such a barrier: one warpgroup that waits, one that lets it go on
+
+
+@gluon.jit(do_not_specialize=["LENGTH", "TILES", "SIDE", "TOTAL", "EPOCH", "SLOT", "PATIENCE"])
+def hopper_forward_kernel(
+    q, k, v, out, lse, before, tiles, runs, scale, LENGTH, TILES, SIDE, TOTAL,
+    flags, error, EPOCH, SLOT, PATIENCE: "i64",  # noqa: F821
+    out_strides, lse_strides, before_strides,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, E: gl.constexpr,
+    PARTS: gl.constexpr, BUFFERS: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, KEEP: gl.constexpr,
+    MERGE: gl.constexpr, WINDOW: gl.constexpr, WAIT: gl.constexpr,
+):  # fmt: skip
+    """out and lse of all tiles, in TOTAL pieces of work. q, k, v are descriptors of [B, H, L, D].
+
+    MERGE: `before` and `lse` hold what was seen before. WAIT: keys are there when their flags say so (`await_flag`).
+    PARTS warpgroups; BUFFERS for the queries of as many tiles, SLOTS in the ring; REGISTERS for each thread of all
+    warpgroups but the first, which gets what is left. KEEP: queries are multiplied from registers.
+    """
+    dtype: gl.constexpr = k.dtype
+    ROWS: gl.constexpr = q.block_type.shape[2]
+    KEYS: gl.constexpr = k.block_type.shape[2]
+    BLOCK_D: gl.constexpr = k.block_type.shape[3]
+    BLOCK_E: gl.constexpr = v.block_type.shape[3]
+    Q: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_D], dtype)
+    K: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
+    V: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_E], dtype)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_smem = gl.allocate_shared_memory(dtype, [BUFFERS * PARTS, ROWS, BLOCK_D], Q)
+    k_smem = gl.allocate_shared_memory(dtype, [SLOTS, KEYS, BLOCK_D], K)
+    v_smem = gl.allocate_shared_memory(dtype, [SLOTS, KEYS, BLOCK_E], V)
+    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS * PARTS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS * PARTS, 1], BARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    for i in gl.static_range(BUFFERS * PARTS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=PARTS)
+    fence_async_shared()
+    queries = q_smem, q_full, q_empty
+    ring = k_smem, v_smem, full, empty
+    work = tiles, runs, TILES, SIDE, TOTAL
+    arrival = flags, error, EPOCH, SLOT, PATIENCE
+    result = out, lse, before, out_strides, lse_strides, before_strides
+    rows = queries, ring, work, result, error, scale, LENGTH
+    copies = q, k, v, queries, ring, work, arrival
+    if PARTS == 2:
+        gl.warp_specialize(
+            [
+                (attend_rows, (0, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (attend_rows, (1, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (copy_blocks, (copies, HEADS, GROUP, PARTS, WAIT)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (attend_rows, (0, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (attend_rows, (1, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (attend_rows, (2, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (copy_blocks, (copies, HEADS, GROUP, PARTS, WAIT)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 32],
+        )
+
+
+@gluon.jit
+def attend_rows(
+    PART: gl.constexpr, operands,
+    HEADS: gl.constexpr, E: gl.constexpr, PARTS: gl.constexpr, KEEP: gl.constexpr,
+    MERGE: gl.constexpr, WINDOW: gl.constexpr, WAIT: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: 64 rows of every tile, the PART-th ones."""
+    queries, ring, work, result, error, scale, LENGTH = operands
+    q_smem, q_full, q_empty = queries
+    k_smem, v_smem, full, empty = ring
+    tiles, runs, TILES, SIDE, TOTAL = work
+    BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
+    ROWS: gl.constexpr = q_smem.shape[1]
+    SLOTS: gl.constexpr = k_smem.shape[0]
+    KEYS: gl.constexpr = k_smem.shape[1]
+    BLOCK_E: gl.constexpr = v_smem.shape[2]
+    dtype: gl.constexpr = k_smem.dtype
+    S: gl.constexpr = product_layout(KEYS)
+    OUT: gl.constexpr = product_layout(BLOCK_E)
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    scale_log2 = scale * LOG2E
+    slot = 0
+    phase = 0
+    buffer = 0
+    q_phase = 0
+    if PART == PARTS - 1:
+        named_arrive(TURN, TWO)
+    b_pair = pack(gl.zeros([ROWS, KEYS], gl.float32, S), dtype)
+    b_acc = gl.zeros([ROWS, BLOCK_E], gl.float32, OUT)
+    b_m = gl.full([ROWS], LOWEST, gl.float32, ROW)
+    b_l = gl.sum(eighths(gl.zeros([ROWS, KEYS], gl.float32, S)), 1)
+    b_shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
+    last_bh = -1  # the tile whose last product is still to come; none yet
+    last_row0 = LENGTH
+    rounds = rounds_of(TOTAL)
+    i_bh, tile0, begin, end = locate(0, tiles, TILES, SIDE)
+    for i_round in range(rounds):
+        following = gl.minimum(i_round + 1, rounds - 1)
+        if PARTS == 2:  # where registers suffice, what comes next is looked up while this tile is worked on
+            next_bh, next_tile0, next_begin, next_end = locate(following, tiles, TILES, SIDE)
+        row0 = tile0 + PART * ROWS
+        if begin < end:
+            _start, length, head, tail, shift, low, high, window = run_at(runs, begin)
+            last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
+            at = buffer * PARTS + PART
+            mbarrier.wait(q_full.index(at), q_phase)
+            if KEEP:
+                q = q_smem.index(at).load(gl.DotOperandLayout(operand_index=0, parent=S, k_width=2))
+            else:
+                q = q_smem.index(at)
+            mbarrier.wait(full.index(slot), phase)
+            b_acc = shrink(b_acc, b_shrink)
+            if MERGE:  # registers do not suffice for the old tile beside a new one that is not empty
+                acc = warpgroup_mma(unpack(b_pair, dtype, OUT), v_smem.index(slot), b_acc, is_async=True)
+                b_acc = warpgroup_mma_wait(0, deps=(acc,))
+                finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
+                b_acc, b_m, b_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
+                named_sync(TURN + PART, TWO)
+                s = score(q, k_smem.index(slot), S)
+                named_arrive(TURN + (PART + 1) % PARTS, TWO)
+                b_s = warpgroup_mma_wait(0, deps=(s,))
+                if (head > 0) | (tail < KEYS):
+                    b_s = hide(b_s, last_key, oldest_key, WINDOW)
+                b_p, b_m, b_shrink = centre(b_s, b_m, scale_log2)
+                b_l = add_up(b_l, b_p, b_shrink)
+            else:
+                named_sync(TURN + PART, TWO)
+                s = score(q, k_smem.index(slot), S)
+                acc = warpgroup_mma(unpack(b_pair, dtype, OUT), v_smem.index(slot), b_acc, is_async=True)
+                named_arrive(TURN + (PART + 1) % PARTS, TWO)
+                b_s = warpgroup_mma_wait(1, deps=(s,))
+                if (head > 0) | (tail < KEYS):
+                    b_s = hide(b_s, last_key, oldest_key, WINDOW)
+                b_new_acc, b_new_m, b_new_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
+                b_p, b_new_m, b_shrink = centre(b_s, b_new_m, scale_log2)
+                b_new_l = add_up(b_new_l, b_p, b_shrink)
+                if PARTS == 2:
+                    b_new_l = hold_back(b_new_l)
+                b_acc = warpgroup_mma_wait(0, deps=(acc,))
+                finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
+                b_acc = b_new_acc
+                b_m = b_new_m
+                b_l = b_new_l
+            mbarrier.arrive(empty.index(slot), count=1)
+            if KEEP:  # not before a product has read them: a load is under way for longer than a barrier takes
+                mbarrier.arrive(q_empty.index(at), count=1)
+            slot, phase = advance(slot, phase, SLOTS)
+            b_pair = pack(b_p, dtype)
+            for i_run in range(begin, end):
+                _start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+                last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
+                for j in range(gl.where(i_run == begin, KEYS, 0), length, KEYS):
+                    mbarrier.wait(full.index(slot), phase)
+                    b_acc = shrink(b_acc, b_shrink)
+                    named_sync(TURN + PART, TWO)
+                    s = score(q, k_smem.index(slot), S)
+                    acc = warpgroup_mma(unpack(b_pair, dtype, OUT), v_smem.index(slot), b_acc, is_async=True)
+                    named_arrive(TURN + (PART + 1) % PARTS, TWO)
+                    b_s = warpgroup_mma_wait(1, deps=(s,))
+                    if (j < head) | (j >= tail):
+                        b_s = hide(b_s, last_key - j, oldest_key - j, WINDOW)
+                    b_p, b_m, b_shrink = centre(b_s, b_m, scale_log2)
+                    b_l = add_up(b_l, b_p, b_shrink)
+                    if PARTS == 2:
+                        b_l = hold_back(b_l)
+                    b_acc = warpgroup_mma_wait(0, deps=(acc,))
+                    mbarrier.arrive(empty.index(slot), count=1)
+                    slot, phase = advance(slot, phase, SLOTS)
+                    b_pair = pack(b_p, dtype)
+            if not KEEP:
+                mbarrier.arrive(q_empty.index(at), count=1)
+            buffer, q_phase = advance(buffer, q_phase, BUFFERS)
+            last_bh = i_bh
+            last_row0 = row0
+        else:  # nothing to see: out 0 and lse -inf, or what they were
+            b_old_acc, b_old_m, b_old_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
+            finish(b_old_acc, b_old_m, b_old_l, result, error, i_bh, row0, LENGTH, HEADS, E, WAIT)
+        if PARTS == 2:
+            i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end
+        else:
+            i_bh, tile0, begin, end = locate(following, tiles, TILES, SIDE)
+    if last_bh >= 0:
+        mbarrier.wait(full.index(slot), phase)
+        b_acc = shrink(b_acc, b_shrink)
+        acc = warpgroup_mma(unpack(b_pair, dtype, OUT), v_smem.index(slot), b_acc, is_async=True)
+        b_acc = warpgroup_mma_wait(0, deps=(acc,))
+        finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
+    if PART == 0:
+        named_sync(TURN, TWO)
+
+
+@gluon.jit
+def score(q, k, SCORES: gl.constexpr):
+    """Starts Q K^T."""
+    ROWS: gl.constexpr = q.shape[0]
+    KEYS: gl.constexpr = k.shape[0]
+    b_zero = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    return warpgroup_mma(q, k.permute((1, 0)), b_zero, use_acc=False, is_async=True)

@@ -1,0 +1,100 @@
+"""Rows of out and lse on their way from memory to the registers of a warpgroup of the Hopper forward, and back.
+
+Heads are counted through all sequences: head h of sequence b is i_bh = b HEADS + h. Offsets are 64-bit. Names as in
+`triton_forward`.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .hopper_tile import LN2, LOG2E, LOWEST
+
+__all__ = ["finish", "sight", "start"]
+
+
+@gluon.jit
+def start(
+    b_acc, b_l, result, i_bh, row0, LENGTH,
+    HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
+    """acc, m and l of rows that have seen what out and lse say, or nothing. acc and l lie as `b_acc` and `b_l` do."""
+    _out, lse, before, _out_strides, lse_strides, before_strides = result
+    ROWS: gl.constexpr = b_acc.shape[0]
+    BLOCK_E: gl.constexpr = b_acc.shape[1]
+    OUT: gl.constexpr = b_acc.type.layout
+    if MERGE:
+        p_before = rows_at(before, before_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, OUT)
+        p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
+        b_acc = gl.load(p_before, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, OUT), other=0.0)
+        b_m = gl.load(p_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0, other=-float("inf")) * LOG2E
+        # That weighs 2^m in all, an eighth of it in each partial sum.
+        b_eighth = gl.convert_layout(gl.where(b_m == -float("inf"), 0.0, 0.125), gl.SliceLayout(1, b_l.type.layout))
+        return b_acc, gl.maximum(b_m, LOWEST), gl.zeros_like(b_l) + b_eighth[:, None]
+    else:
+        return gl.zeros_like(b_acc), gl.full([ROWS], LOWEST, gl.float32, ROW), gl.zeros_like(b_l)
+
+
+@gluon.jit
+def finish(
+    b_acc, b_m, b_l, result, error, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr
+):
+    """Writes rows of out and lse."""
+    out, lse, _before, out_strides, lse_strides, _before_strides = result
+    ROWS: gl.constexpr = b_acc.shape[0]
+    BLOCK_E: gl.constexpr = b_acc.shape[1]
+    OUT: gl.constexpr = b_acc.type.layout
+    ROW: gl.constexpr = b_m.type.layout
+    b_weight = gl.convert_layout(gl.sum(b_l, 1), ROW)
+    seen = b_weight > 0.0
+    b_lse = gl.where(seen, (b_m + gl.log2(b_weight)) * LN2, -float("inf"))
+    b_inverse = gl.where(seen, 1.0 / b_weight, 0.0)
+    if WAIT:  # keys may not have been there
+        poison = gl.where(gl.load(error, volatile=True) != 0, float("nan"), 0.0)
+        b_lse += poison
+        b_inverse += poison
+    p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
+    gl.store(p_lse, b_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0)
+    b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, OUT))[:, None]
+    p_out = rows_at(out, out_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, OUT)
+    gl.store(p_out, b_acc.to(out.dtype.element_ty), mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, OUT))
+
+
+@gluon.jit
+def sight(length, shift, low, high, window, ROW0: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
+    """The last key of a run that each row sees, -1 for none, and the last one that its window has left behind."""
+    o_row = ROW0 + gl.arange(0, ROWS, layout=ROW)
+    last_key = gl.where((o_row >= low) & (o_row < high), gl.minimum(o_row + shift, length - 1), -1)
+    return last_key, o_row + shift - window
+
+
+@gluon.jit
+def rows_at(
+    x, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Pointers to rows of one head of x [B, L, H, E]."""
+    i_b = (i_bh // HEADS).to(gl.int64)
+    i_h = (i_bh % HEADS).to(gl.int64)
+    x += i_b * strides[0] + row0.to(gl.int64) * strides[1] + i_h * strides[2]
+    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    o_e = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT))
+    return x + o_row[:, None] * strides[1] + o_e[None, :]
+
+
+@gluon.jit
+def sums_at(lse, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
+    """Pointers to rows of one head of lse [B, H, L]."""
+    i_b = (i_bh // HEADS).to(gl.int64)
+    i_h = (i_bh % HEADS).to(gl.int64)
+    return lse + i_b * strides[0] + i_h * strides[1] + row0 + gl.arange(0, ROWS, layout=ROW)
+
+
+@gluon.jit
+def inside(rows, ROWS: gl.constexpr, E: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which places of a block are rows and columns of the tensor."""
+    real = (gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < rows)[:, None]
+    if E < BLOCK_E:
+        return real & (gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT)) < E)[None, :]
+    else:
+        return real

@@ -1,0 +1,79 @@
+"""The Hopper forward while keys are still arriving: it waits for flags, and says so when one does not come."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from ringattn.kernels.segments import Segment, Segments
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+    pytest.mark.timeout(120),
+]
+
+SOURCES, SLOT, HEADS, GROUPS = 4, 1024, 16, 4
+EPOCH = 7
+SECOND = 10**9
+
+
+@pytest.fixture(scope="module")
+def forward():
+    """Causal attention over four sources of keys, and error; takes flags [SOURCES, GROUPS] and the patience in ns."""
+    from ringattn.kernels.hopper_forward_launch import Arrival
+    from ringattn.kernels.hopper_forward_launch import forward as launch
+
+    length = SOURCES * SLOT
+    q = torch.randn(1, length, HEADS, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, length, GROUPS, 128, device="cuda", dtype=torch.bfloat16)
+    segments = Segments([Segment(0, length, i * SLOT, SLOT, -i * SLOT) for i in range(SOURCES)])
+    attend = partial(launch, q, k, v, segments, 128**-0.5, None, torch.bfloat16)
+
+    def call(flags: Tensor, patience_ns: int) -> tuple[Tensor, Tensor, Tensor]:
+        error = torch.zeros(1, dtype=torch.int32, device="cuda")
+        return *attend(Arrival(flags, EPOCH, SLOT, patience_ns, error)), error
+
+    plain = attend()
+    out, lse, error = call(ready(), SECOND)
+    assert torch.equal(out, plain[0])
+    assert torch.equal(lse, plain[1])
+    assert error.item() == 0
+    return call
+
+
+def ready(epoch: int = EPOCH) -> Tensor:
+    return torch.full((SOURCES, GROUPS), epoch, dtype=torch.int32, device="cuda")
+
+
+def test_flags_that_come_late(forward):
+    expected = forward(ready(), SECOND)
+    flags, there, copies = ready(EPOCH - 1), ready(EPOCH + 1).cpu().pin_memory(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    with torch.cuda.stream(copies):
+        torch.cuda._sleep(20_000_000)  # cycles; then a copy engine, which needs no multiprocessor, writes the flags
+        flags.copy_(there, non_blocking=True)
+    got = forward(flags, SECOND)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - begin > 5e-3
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_a_flag_that_never_comes(forward):
+    source, group = 2, 3
+    flags = ready()
+    flags[source, group] -= 1
+    out, lse, error = forward(flags, SECOND // 20)
+    assert error.item() == 1 + source * GROUPS + group
+    heads = slice(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS)
+    assert out[:, source * SLOT :, heads].isnan().all()
+    assert lse[:, heads, source * SLOT :].isnan().all()
+    again = forward(ready(), SECOND)  # the context is alive
+    assert again[0].isfinite().all()
+    assert again[2].item() == 0
