@@ -31,10 +31,13 @@ __all__ = ["Arrival", "Capped", "Kernel", "accumulate_dtype", "nothing_seen", "r
 
 
 class Arrival(NamedTuple):
-    """Keys that are still coming while the kernel runs: it looks at key m of head g only once
-    `flags[m // slot, g] >= epoch`. Only a kernel that says so in `waits` takes this.
+    """Keys and values that arrive while the kernel runs: it reads keys of a source only once their flag has come. Only
+    a kernel that says so in `waits` takes this.
 
-    flags [sources, G] int32; error int32 [1], which the kernel sets when it has waited so long.
+    flags: int32 [sources, G], on the device. Keys from `slot` * i on are the i-th source's, and its key/value head g is
+        there as soon as flags[i, g] has reached `epoch` (may wrap around).
+    patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes
+        1 + i * G + g, no flag is waited for any longer, and all of out and lse that is computed from then on is NaN.
     """
 
     flags: Tensor

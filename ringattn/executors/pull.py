@@ -125,9 +125,9 @@ class Map:
         own, length = axis_of(plan, rank, self.slot), plan.layout.lengths[rank]
         mine = self.keys(rank)
         self.packed = mine[0][:, :length], mine[1][:, :length]
-        self.pulls = [
+        self.pulls = tuple(
             pull for heads in self.head_groups() for piece in own.pieces[1:] for pull in self.pull(piece, heads)
-        ]
+        )
         self.all = Keys(*mine, own.segments)
         if self.slot is None:
             self.others = Keys(mine[0][:, length:], mine[1][:, length:], remote_axis(plan, rank).segments)

@@ -1,0 +1,157 @@
+"""From tensors and segments to the launch of the Hopper backward."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.experimental.gluon import language as gl
+
+from .hopper_arguments import NARROWEST, TYPES, CheckedDescriptor, processors
+from .hopper_backward import gradients_kernel
+from .segments import Segments
+from .tiles import Work, key_tiles
+from .triton_arguments import block_width, describe
+from .triton_launch import MOST_TILES, launch, positive, section
+from .turns import Turns, turns_of
+
+__all__ = ["WIDEST", "backward"]
+
+WIDEST = 128  # head dim; dK and dV of wider ones do not fit into registers
+KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
+SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    segments: Segments,
+    scale: float,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Kernel.backward`, for bfloat16 and float16 and head dims up to `WIDEST`.
+
+    dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
+    A fresh dq has its heads before its rows in memory: adding to it touches fewer pages.
+    """
+    batch, rows, heads, d = q.shape
+    _, keys, groups, e = v.shape
+    group, units = heads // groups, batch * groups
+    width = max(NARROWEST, block_width(max(d, e)))
+    work, shifts = segments.derive((backward, keys, q.device), lambda s: lower(s, keys, q.device))
+    running = dk is not None or dv is not None
+    tiles = work.busy if running else len(work.tiles)
+    if tiles > MOST_TILES:
+        raise ValueError(f"got {tiles} tiles of keys, and a grid takes {MOST_TILES}; call with fewer keys")
+    # With few programs a long tile holds up the end. Two programs can share one: from zero, a + b is b + a.
+    shares = 2 if group % 2 == 0 and not running and tiles * units < 2 * processors(q.device) else 1
+    start = torch.zeros if running or shares > 1 else torch.empty
+    dk, dv = (
+        start(x.shape, dtype=torch.float32, device=x.device) if total is None else total
+        for x, total in ((k, dk), (v, dv))
+    )
+    if dq is None:
+        dq = torch.zeros(batch, heads, rows, d, dtype=torch.float32, device=q.device).transpose(1, 2)
+    cells = -(-rows // BLOCK)
+    if deterministic:
+        turns = segments.derive((turns_of, keys, q.device), lambda s: turns_of(tables(s, keys), BLOCK).to(q.device))
+        counters = torch.zeros(batch * heads * cells, dtype=torch.int32, device=q.device)
+    else:
+        turns, counters = Turns(work.runs, work.runs), work.runs  # not read
+    sums = [x if describable(x) else x.contiguous() for x in (dq, dk, dv)]
+    side = side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
+    launch(
+        gradients_kernel,
+        q.device,
+        (side * shares, tiles, units // side),
+        (
+            *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
+            *(per_row(x, shifts) for x in (lse, delta)),
+            *(described(x, ROWS, block) for x, block in zip(sums, (64, width, width), strict=True)),
+            work.tiles, work.runs, *turns, counters, positive(scale), cells,
+        ),
+        (),
+        {"GROUPS": groups, "GROUP": group, "SHARE": group // shares, "SHIFTS": shifts, "num_warps": 4, "maxnreg": 168},
+        ADD=running or shares > 1,
+        ORDERED=deterministic,
+    )  # fmt: skip
+    for total, x in zip((dq, dk, dv), sums, strict=True):
+        if x is not total:
+            total.copy_(x)
+    return dq, dk, dv
+
+
+def lower(segments: Segments, keys: int, device: torch.device) -> tuple[Work, int]:
+    """The tables of the backward, and how many copies of what there is one number per row of they need: TMA reads from
+    multiples of 16 bytes only, so runs that start anywhere need copies that start at each of 4 rows."""
+    work = tables(segments, keys)
+    return work.to(device), 4 if (work.runs[:, 0] % 4).any() else 1
+
+
+def tables(segments: Segments, keys: int) -> Work:
+    """The tiles and runs, with a mask in all blocks of the tile that reaches past the end: its last keys are zeros, and
+    P of a zero need not be finite."""
+    work = key_tiles(segments, keys, KEYS, BLOCK)
+    for key0, begin, end in work.tiles.tolist():
+        if key0 + KEYS > keys:
+            work.runs[begin:end, 3] = work.runs[begin:end, 2]
+    return work
+
+
+@cache
+def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
+    """How many units, key/value heads of one sequence, run side by side: see `triton_launch.section` and SIDE.
+
+    Example:
+        >>> side_by_side(8, 40 << 20, False), side_by_side(8, 40 << 20, True), side_by_side(64, 4 << 20, True)
+        (1, 8, 8)
+    """
+    together = section(units, bytes_each)
+    return min(
+        n
+        for n in range(1, units + 1)
+        if units % n == 0 and n >= (max(together, min(SIDE, units)) if ordered else together)
+    )
+
+
+def describable(x: Tensor) -> bool:
+    return (
+        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and describe(x.shape, x.stride(), x.element_size(), 1) is not None
+    )
+
+
+def described(x: Tensor, rows: int, width: int) -> CheckedDescriptor:
+    """x [B, L, H, D] as [B, H, L, D] in blocks of rows x width, or a copy of it where it cannot be described. What lies
+    outside of x reads as zero and is not written."""
+    x = x if describable(x) else x.contiguous()
+    form = describe(x.shape, x.stride(), x.element_size(), rows)
+    assert form is not None, f"no descriptor of a contiguous tensor of shape {x.shape}"
+    block = (1, 1, rows, width)
+    return CheckedDescriptor(x, *form[:2], list(block), layout(block, x.dtype))
+
+
+def per_row(x: Tensor, shifts: int) -> CheckedDescriptor:
+    """x [B, H, L] as [B * H * shifts, L]: copies of every row of x that begin at its first number, its second, ..."""
+    length = x.shape[-1]
+    even = -length % 4
+    copies = [pad(x[..., i:], (0, even + i)) for i in range(shifts)]
+    x = (torch.stack(copies, 2) if shifts > 1 else copies[0].contiguous()).view(-1, length + even)
+    return CheckedDescriptor(x, list(x.shape), [x.shape[1], 1], [1, ROWS], layout((1, ROWS), x.dtype))
+
+
+@cache
+def layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a block lies in shared memory."""
+    if len(block) == 2:  # one number per row
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])
