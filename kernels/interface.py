@@ -20,14 +20,28 @@ and gradients likewise, because with the *global* lse and delta each piece's dq,
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Kernel", "accumulate_dtype", "nothing_seen", "row_delta"]
+__all__ = ["Arrival", "Kernel", "accumulate_dtype", "nothing_seen", "row_delta"]
+
+
+class Arrival(NamedTuple):
+    """Keys that are still coming while the kernel runs: it looks at key m of head g only once
+    `flags[m // slot, g] >= epoch`. Only a kernel that says so in `waits` takes this.
+
+    flags [sources, G] int32; error int32 [1], which the kernel sets when it has waited so long.
+    """
+
+    flags: Tensor
+    epoch: int
+    slot: int
+    patience_ns: int
+    error: Tensor
 
 
 class Kernel(Protocol):

@@ -17,6 +17,8 @@ from ringattn.ranks import Ranks
 
 __all__ = ["RankDisagreement", "agree"]
 
+OF_EACH_RANK = ("tokens", "node", "memory")  # fields that may differ
+
 Field = str | int | float | bool
 Record = dict[str, Field]
 
@@ -66,8 +68,7 @@ def agree(ranks: Ranks, record: Record, refusal: Exception | None) -> list[Recor
     """Compares configurations over all ranks; returns all records when they are equal and nobody refused.
 
     Args:
-        record: field names and values. Every field must be equal on all ranks but `tokens`, of which each rank has its
-            own.
+        record: field names and values. Every field must be equal on all ranks but those in `OF_EACH_RANK`.
         refusal: why this rank cannot take its inputs; it is raised here, and reported on all other ranks.
 
     Raises:
@@ -89,7 +90,7 @@ def agree(ranks: Ranks, record: Record, refusal: Exception | None) -> list[Recor
         raise RankDisagreement("nothing was computed, " + "; ".join(refusals))
     for field in record:
         values = [other.get(field, "nothing") for other in records]
-        if field == "tokens" or len(set(values)) == 1:
+        if field in OF_EACH_RANK or len(set(values)) == 1:
             continue
         if field == "seq_len":
             tokens = sum(int(other["tokens"]) for other in records)

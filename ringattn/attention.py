@@ -2,32 +2,41 @@
 
 The forward and the backward of the whole ring are one `torch.library` operator each, with fakes and autograd, so
 `torch.compile(fullgraph=True)` does not look inside and a checkpoint policy can keep (out, lse) and never run the
-ring again. Tensors: q [B, L, H, D], k [B, L, G, D], v [B, L, G, E] with L this rank's tokens.
+ring again. Where nobody looks, the same functions run without the operators around them.
+Tensors: q [B, L, H, D], k [B, L, G, D], v [B, L, G, E] with L this rank's tokens.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.agreement import agree
 from ringattn.checks import check_inputs, refuse_unsupported
-from ringattn.executors import ring
-from ringattn.executors.call import Call
+from ringattn.cost import Choice, Workload, choose_executor
+from ringattn.executors import gather, pull, ring
+from ringattn.executors.call import Call, Executor
 from ringattn.kernels.interface import accumulate_dtype
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import make_layout
-from ringattn.plan import make_plan
+from ringattn.plan import Plan, make_plan
 from ringattn.ranks import Ranks, group_name, ranks_named
+from ringattn.transport.symmetric import node
 from ringattn.version import __version__
 
 __all__ = ["EXECUTORS", "ring_attention"]
 
-EXECUTORS = {"ring": ring}
+EXECUTORS: dict[str, Executor] = {"ring": ring, "gather": gather, "pull": pull}
+
+
+logger = logging.getLogger("ringattn")
 
 
 class Settings(NamedTuple):
@@ -45,8 +54,9 @@ class Settings(NamedTuple):
 SCHEMA = "str group, str layout, SymInt? seq_len, bool causal, float scale, str kernel, str executor"
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
-    """Turns an operator's arguments into a call, after all ranks have agreed on them if they are new."""
+def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Executor, Call]:
+    """Turns an operator's arguments into an executor and its call, after all ranks have agreed on them if they are
+    new."""
     ranks = ranks_named(settings.group)
     ranks.calls += 1
     if settings.seq_len is None:
@@ -54,12 +64,34 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
     configuration = settings, tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
     if configuration not in ranks.agreed:
         agree_on(ranks, q, k, v, settings)
-        if ranks.transport is not None:
-            ranks.transport.connect(q.device)
-        ranks.agreed.add(configuration)
-    plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
-    kernel = choose_kernel(settings.kernel, q, k, v).kernel
-    return Call(plan, ranks.rank, kernel, settings.scale, ranks.transport, ranks.buffers)
+        plan = make_plan(settings.layout, settings.seq_len, ranks.size, causal=settings.causal)
+        choice = choose(ranks, plan, q, k, v, settings.kernel, settings.executor)
+        logger.info("executor: %s", choice)
+        ranks.connect(q.device, choice.executor)
+        kernel = choose_kernel(settings.kernel, q, k, v).kernel
+        transports = ranks.transport, ranks.buffers, ranks.symmetric
+        call = Call(plan, ranks.rank, kernel, settings.scale, *transports, choice.schedule)
+        ranks.agreed[configuration] = EXECUTORS[choice.executor], call
+    return ranks.agreed[configuration]
+
+
+def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: str, executor: str) -> Choice:
+    """`choose_executor` for such tensors; equal on ranks that have agreed."""
+    local = choose_kernel(kernel, q, k, v).kernel
+    load = Workload(
+        plan=plan,
+        kernel=local.name,
+        batch=q.shape[0],
+        q_heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        v_head_dim=v.shape[3],
+        itemsize=q.dtype.itemsize,
+        same_node=ranks.same_node,
+        waits=getattr(local, "waits", False),
+        memory=ranks.memory,
+    )
+    return choose_executor(executor, load)
 
 
 def agree_on(ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> None:
@@ -84,10 +116,14 @@ def agree_on(ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, settings: Settings) 
             "softmax_scale": settings.scale,
             "kernel": choose_kernel(settings.kernel, q, k, v).kernel.name,
             "executor": settings.executor,
+            "node": node(q.device),
+            "memory": torch.cuda.get_device_properties(q.device).total_memory if q.is_cuda else 0,
         }
     except (ValueError, TypeError, NotImplementedError) as error:
         refusal = error
     records = agree(ranks, record, refusal)
+    ranks.same_node = len({other["node"] for other in records}) == 1 and bool(record["node"])
+    ranks.memory = min(int(other["memory"]) for other in records)
     held = tuple(other["tokens"] for other in records)
     layout = make_layout(settings.layout, settings.seq_len, ranks.size)
     if held != layout.lengths:
@@ -97,12 +133,17 @@ def agree_on(ranks: Ranks, q: Tensor, k: Tensor, v: Tensor, settings: Settings) 
         )
 
 
-@torch.library.custom_op(
-    "ringattn::forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)"
+def run_forward(q, k, v, *settings):
+    executor, call = prepare(q, k, v, Settings(*settings))
+    return executor.forward(call, q, k, v)
+
+
+attention_forward = torch.library.custom_op(
+    "ringattn::forward",
+    run_forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
 )
-def attention_forward(q, k, v, *settings):
-    settings = Settings(*settings)
-    return EXECUTORS[settings.executor].forward(prepare(q, k, v, settings), q, k, v)
 
 
 @attention_forward.register_fake
@@ -111,15 +152,8 @@ def _(q, k, v, *settings):
     return q.new_empty(batch, rows, heads, v.shape[3]), q.new_empty((batch, heads, rows), dtype=accumulate_dtype(q))
 
 
-@torch.library.custom_op(
-    "ringattn::backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{SCHEMA}) -> (Tensor, Tensor, Tensor)",
-)
-def attention_backward(dout, dlse, q, k, v, out, lse, *settings):
-    settings = Settings(*settings)
-    call = prepare(q, k, v, settings)
+def run_backward(dout, dlse, q, k, v, out, lse, *settings):
+    executor, call = prepare(q, k, v, Settings(*settings))
     delta = call.kernel.row_delta(dout, out)
     if dlse is not None:
         if not call.kernel.reads_delta:
@@ -127,8 +161,17 @@ def attention_backward(dout, dlse, q, k, v, out, lse, *settings):
                 f"kernel={call.kernel.name!r} cannot differentiate lse; use kernel='reference', or detach the lse"
             )
         delta -= dlse
-    grads = EXECUTORS[settings.executor].backward(call, dout, q, k, v, out, lse, delta)
+    grads = executor.backward(call, dout, q, k, v, out, lse, delta)
     return tuple(grad.to(q.dtype).contiguous() for grad in grads)
+
+
+attention_backward = torch.library.custom_op(
+    "ringattn::backward",
+    run_backward,
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @attention_backward.register_fake
@@ -145,10 +188,29 @@ def save_for_backward(ctx, inputs, output) -> None:
 def differentiate(ctx, dout, dlse):
     q, k, v, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    return *attention_backward(dout, dlse, q, k, v, out, lse, *ctx.settings), *(None for _ in ctx.settings)
+    run = attention_backward if watched(q, k, v) else run_backward
+    return *run(dout, dlse, q, k, v, out, lse, *ctx.settings), *(None for _ in ctx.settings)
 
 
 attention_forward.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+class Attention(torch.autograd.Function):
+    """The operators without torch's dispatch to Python, which costs more than the launches of a short sequence."""
+
+    forward = staticmethod(run_forward)
+    setup_context = staticmethod(save_for_backward)
+    backward = staticmethod(once_differentiable(differentiate))  # pyright: ignore[reportAssignmentType]
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether somebody must see operators: a compiler, a checkpoint policy, a transform, a tensor of another kind."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
 
 
 def ring_attention(
@@ -181,7 +243,7 @@ def ring_attention(
         softmax_scale: factor on the scores; D ** -0.5 unless given.
         seq_len: tokens of the whole sequence; L * ranks unless given, so needed where it does not divide.
         kernel: "auto", or a name of `ringattn.kernels.registry.KERNELS`; a name never falls back to another.
-        executor: "auto" or "ring".
+        executor: "ring", "gather" or "pull", or "auto" for the one that `ringattn.cost` predicts to be fastest.
         return_lse: return (out, lse).
 
     Returns:
@@ -198,7 +260,7 @@ def ring_attention(
     if executor not in ("auto", *EXECUTORS):
         raise ValueError(f"got executor={executor!r}; choose one of {', '.join(('auto', *EXECUTORS))}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    executor = "ring" if executor == "auto" else executor
     settings = Settings(group_name(group), layout, seq_len, causal, scale, kernel, executor)
-    out, lse = attention_forward(q, k, v, *settings)
+    attend = attention_forward if watched(q, k, v) else Attention.apply
+    out, lse = attend(q, k, v, *settings)
     return (out, lse) if return_lse else out

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.attention import ring_attention
+from ringattn.attention import choose, ring_attention
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import Layout, make_layout
 from ringattn.plan import Plan, make_plan
@@ -105,14 +105,16 @@ class ContextParallel:
         """What each rank computes and sends for a sequence of `seq_len` tokens; it prints itself readably."""
         return make_plan(self.layout, seq_len, self.size, causal=causal)
 
-    def explain(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        """What attention on such tensors would run, and why, a line each."""
+    def explain(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> str:
+        """What attention on such tensors would run, and why, with the times that were predicted. What ranks have in
+        common is known after the first call of `attention`; before it, executors that need one node are left out."""
         choice = choose_kernel(self.kernel, q, k, v)
-        backend = dist.get_backend(self.group) if self.group is not None else "no messages"
+        plan = self.plan(q.shape[1] * self.size, causal=causal)
+        executor = choose(self._ranks, plan, q, k, v, self.kernel, self.executor)
         return "\n".join(
             (
                 f"kernel: {choice.kernel.name} ({choice.reason})",
-                f"executor: ring over {backend} ({self.size} rank{'s' if self.size > 1 else ''})",
+                f"executor: {executor}",
                 f"layout: {self.layout}",
             )
         )

@@ -6,14 +6,18 @@ Legend: S tokens in all, P ranks, r a rank, s the source of a shard of keys and 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any, TypeVar
 
 from ringattn.kernels.segments import Segment, Segments
 from ringattn.layout import Layout, make_layout
 from ringattn.mask import Mask
 
 __all__ = ["Plan", "make_plan"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Plan:
     layout: Layout
     mask: Mask
     _segments: dict[tuple[int, int], Segments] = field(default_factory=dict, repr=False, compare=False)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def ranks(self) -> int:
@@ -39,6 +44,12 @@ class Plan:
         if (rank, source) not in self._segments:
             self._segments[rank, source] = self.mask.segments(self.layout.runs[rank], self.layout.runs[source])
         return self._segments[rank, source]
+
+    def derive(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` makes of this plan, made once per `key`: an executor's own view of it outlives a call."""
+        if key not in self._derived:
+            self._derived[key] = build()
+        return self._derived[key]
 
     def query_pieces(self, rank: int) -> dict[tuple[int, int], list[tuple[int, Segment]]]:
         """For each piece (q_start, q_len) of a rank's queries: the (source, segment) it looks at."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Hashable
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
-from ringattn.executors.call import Buffers
+from ringattn.executors.call import Buffers, Call, Executor
 from ringattn.transport.p2p import P2PTransport
+from ringattn.transport.symmetric import SymmetricMemory
 
 __all__ = ["ALONE", "Ranks", "group_name", "ranks_named"]
 
@@ -29,11 +32,25 @@ class Ranks:
         self.deadline = DEADLINE
         self.transport = P2PTransport(group, DEADLINE) if group is not None else None
         self.buffers = Buffers()
+        self.symmetric: SymmetricMemory | None = None
         self.calls = 0  # attention calls so far, the same number on every rank
-        self.agreed: set[Hashable] = set()
+        self.agreed: dict[Hashable, tuple[Executor, Call]] = {}  # configuration -> what runs it
+        self.same_node = False  # whether ranks reach each other's memory
+        self.memory = 0  # bytes of the smallest GPU
+
+    def connect(self, device: torch.device, executor: str) -> None:
+        """Makes what an executor needs of the transports, once. Collective."""
+        if self.group is None:
+            return
+        if executor == "pull":
+            self.symmetric = self.symmetric or SymmetricMemory(self.group, device, self.deadline)
+        else:
+            assert self.transport is not None
+            self.transport.connect(device)
 
 
 _ranks: dict[str, Ranks] = {ALONE: Ranks(None)}
+atexit.register(_ranks.clear)  # threads of a process group that outlives the interpreter end the process by abort
 
 
 def group_name(group: dist.ProcessGroup | DeviceMesh | None) -> str:

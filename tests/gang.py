@@ -26,9 +26,15 @@ processes.set_forkserver_preload(
 
 
 def run_ranks(
-    ranks: int, work: Callable[..., Any], *arguments: Any, backend: str = "gloo", timeout: float = 60
+    ranks: int,
+    work: Callable[..., Any],
+    *arguments: Any,
+    backend: str = "gloo",
+    timeout: float = 60,
+    dying: tuple[int, ...] = (),
 ) -> list:
-    """Runs `work` on every rank of a fresh process group and returns what each rank returned, in rank order."""
+    """Runs `work` on every rank of a fresh process group and returns what each rank returned, in rank order; ranks
+    `dying` are expected to die and return None."""
     results, leave = processes.Queue(), processes.Event()
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "store"
@@ -41,7 +47,7 @@ def run_ranks(
         for process in gang:
             process.start()
         try:
-            returned = _collect(ranks, gang, results, time.monotonic() + timeout)
+            returned = _collect(ranks, gang, results, time.monotonic() + timeout, dying)
             leave.set()
             for process in gang:
                 process.join(timeout=5)
@@ -52,8 +58,8 @@ def run_ranks(
                 process.join()
 
 
-def _collect(ranks: int, gang: list, results: Any, end: float) -> list:
-    returned = {}
+def _collect(ranks: int, gang: list, results: Any, end: float, dying: tuple[int, ...]) -> list:
+    returned: dict[int, Any] = dict.fromkeys(dying)
     while len(returned) < ranks:
         try:
             rank, failure, value = results.get(timeout=0.5)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 import ringattn
 from ringattn.attention import EXECUTORS
-from ringattn.executors.call import Buffers
 from ringattn.kernels.registry import KERNELS
 from ringattn.kernels.segments import Segments
 from ringattn.layout import LAYOUTS, Layout
 from ringattn.plan import Plan, make_plan
 from ringattn.ranks import group_name, ranks_named
+from ringattn.transport.symmetric import node
 
 from ..oracle import Case, Inputs
 from .implementations import Ours
@@ -88,6 +88,11 @@ class OursAcross(Across):
         self.kernel, self.executor, self.layout = kernel, executor, layout
         self.name = f"ringattn-{kernel}-{executor}-{layout}"
 
+    def refuses(self, x: Inputs, case: Case, ranks: int) -> str | None:
+        if self.executor == "pull" and ranks > 1 and not node(x.q.device):
+            return "its executor pull: GPUs do not reach each other's memory here"
+        return super().refuses(x, case, ranks)
+
     @contextmanager
     def ready(self, case: Case, device: torch.device) -> Iterator[None]:
         self.cp = ringattn.ContextParallel(None, layout=self.layout, kernel=self.kernel, executor=self.executor)
@@ -96,7 +101,7 @@ class OursAcross(Across):
             self.options["cu_seqlens"] = torch.tensor(case.documents, dtype=torch.int32)
         yield
         ranks = ranks_named(group_name(None))
-        ranks.buffers = Buffers()  # they are kept between calls, and count as memory
+        ranks.buffers.clear()  # they are kept between calls, and count as memory
         ranks.agreed.clear()  # so are configurations, and what they refer to
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:

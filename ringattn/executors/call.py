@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.interface import Kernel
 from ringattn.plan import Plan
-from ringattn.transport.interface import Transport
+from ringattn.transport.interface import Symmetric, Transport
 
-__all__ = ["Buffers", "Call"]
+__all__ = ["Buffers", "Call", "Executor", "Schedule"]
 
 
 class Buffers:
@@ -26,6 +27,10 @@ class Buffers:
         """Bytes held."""
         return sum(buffer.numel() for buffer in self._bytes.values())
 
+    def clear(self) -> None:
+        """Gives all of them back."""
+        self._bytes.clear()
+
     def take(self, name: Hashable, shape: torch.Size | tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the device of `like`, valid until the name is taken again on the same stream."""
         stream = torch.cuda.current_stream(like.device).stream_id if like.is_cuda else 0
@@ -34,6 +39,19 @@ class Buffers:
         if key not in self._bytes or self._bytes[key].numel() < size:
             self._bytes[key] = torch.empty(size, dtype=torch.uint8, device=like.device)
         return self._bytes[key][:size].view(dtype).view(shape)
+
+
+class Schedule(NamedTuple):
+    """How finely an executor cuts its work, so that travel hides behind compute. Chosen by `ringattn.cost`; results
+    depend on it only in rounding."""
+
+    own_first: bool = True  # pull: own keys while the others' come, in a launch of their own; else one launch for all
+    flags: bool = False  # pull: that launch does not wait for the copies, but itself looks which keys have come
+    halves: bool = True  # backward: own keys in two launches, one while keys come and one while gradients go home
+    head_groups: int = 1  # gather: the heads' keys come in so many groups, of which two are held at a time
+
+
+DEFAULT = Schedule()
 
 
 @dataclass(frozen=True)
@@ -46,3 +64,20 @@ class Call:
     scale: float
     transport: Transport | None  # None when there is one rank
     buffers: Buffers
+    symmetric: Symmetric | None = None  # None where ranks cannot reach each other's memory
+    schedule: Schedule = DEFAULT
+    derived: dict[Hashable, Any] = field(default_factory=dict, compare=False)  # what an executor keeps between calls
+
+
+class Executor(Protocol):
+    """What every module of this folder that decides when keys are there has."""
+
+    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, /) -> tuple[Tensor, Tensor]:
+        """out and lse of this rank's queries over the whole sequence."""
+        ...
+
+    def backward(
+        self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv of this rank's queries, keys and values."""
+        ...

@@ -4,16 +4,17 @@
       rank 0  computes with     KV 0             KV 2             KV 1
               while sending     KV 0 -> rank 1   KV 2 -> rank 1
 
-    backward: KV goes round as before, and the gradients of each shard, in fp32, follow it one step behind,
-    gathering every rank's part, until the last one sends them home to their owner.
+    backward: KV goes round as before, and the gradients of each shard, in fp32, follow it one step behind, gathering
+    the other ranks' parts, until the last one sends them home. Own keys are cut in two, so that the first and the last
+    hop hide as well (`home.py`).
 
-      rank 0  computes          dKV 0            dKV 2            dKV 1
-              while sending                      dKV 0 -> rank 1  dKV 2 -> rank 1  dKV 1 -> rank 1, its owner
-              then adds to                       dKV 2 <- rank 2  dKV 1 <- rank 2
+      rank 0  computes          half of dKV 0    dKV 2            dKV 1                      the rest of dKV 0
+              while sending     KV 0 -> rank 1   KV 2 -> rank 1   dKV 2 -> rank 1            dKV 1 -> rank 1, its owner
+              then adds                          dKV 2            dKV 1 <- rank 2, and own   dKV 0 <- rank 2, and own
 
-Memory is two buffers of the largest shard for KV and two for dKV, whatever P. A shard travels no further than
-the last rank that looks at it (`Plan.reach`). Every sum has a fixed order, so results are bit-equal run to run.
-Source: Ring Attention, arXiv:2310.01889.
+Memory is two buffers of the largest shard for KV, two for dKV and one for what comes home, whatever P. A shard travels
+no further than the last rank that looks at it (`Plan.reach`). Every sum has a fixed order, so results are bit-equal
+run to run. Source: Ring Attention, arXiv:2310.01889.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from ringattn.executors.call import Call
+from ringattn.executors.home import Backward, Part
 from ringattn.kernels.interface import accumulate_dtype, nothing_seen
+from ringattn.plan import Plan
 from ringattn.transport.interface import Message
 
 __all__ = ["backward", "forward"]
@@ -106,10 +109,10 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
     return running
 
 
-def add(total: Pair | None, part: Pair) -> Pair:
-    if total is None:
-        return part[0].contiguous(), part[1].contiguous()
-    return total[0].add_(part[0]), total[1].add_(part[1])
+def first_hop(plan: Plan, source: int) -> int:
+    """How many hops a shard of keys has gone when another rank first looks at it; the number of ranks if none does."""
+    hops = (hop for hop in range(1, plan.ranks) if plan.segments((source + hop) % plan.ranks, source))
+    return plan.derive(("first hop", source), lambda: next(hops, plan.ranks))
 
 
 def backward(
@@ -121,38 +124,40 @@ def backward(
         dout, out (Tensor): [B, L, H, E]; lse, delta [B, H, L], see `Kernel.backward`; the rest as in `forward`.
 
     Returns:
-        dq, dk, dv shaped like q, k, v, in fp32 (fp64 for fp64 inputs).
+        dq shaped like q, in fp32 (fp64 for fp64 inputs); dk, dv shaped like k, v, in their dtype.
     """
     plan, rank = call.plan, call.rank
     ring = Neighbours(call, k, v)
+    work = Backward(call, dout, q, k, v, out, lse, delta)
     dtype = accumulate_dtype(q)
-    dq: Tensor | None = None
     shard: Pair | None = (k.contiguous(), v.contiguous())
-    gathered: Pair | None = None  # gradients of the shard of the step before, all ranks so far
-    home: Pair = k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
-    for step in range(plan.ranks + 1):  # the extra step only brings the last gradients home
+    gathered: Pair | None = None  # gradients of the shard of the step before, all ranks so far but its owner
+    parts: list[Part] = []
+    for step in range(plan.ranks + 1):  # the extra step brings the last gradients home
         source, behind = ring.source(step), ring.source(step - 1)
         sends, receives, arriving = ring.pass_shard(step, shard)
         joining: Pair | None = None  # gradients of this step's shard, all ranks before this one
         if gathered is not None:
             peer = ring.next if step <= plan.reach(behind) else behind
             sends += [Message(x, peer) for x in gathered]
-        if 0 < step <= plan.reach(source) and step < plan.ranks:
+        if step < plan.ranks and first_hop(plan, source) < step <= plan.reach(source):
             joining = ring.buffer("gradient", step, source, dtype)
             receives += [Message(x, ring.previous) for x in joining]
         if 0 < plan.reach(rank) == step - 1:
+            home = ring.buffer("home", 0, rank, dtype)
+            parts = [Part(slice(0, k.shape[1]), *home)]
             receives += [Message(x, (rank + step - 1) % plan.ranks) for x in home]
         wait = ring.exchange(sends, receives)
         part: Pair | None = None
-        if step < plan.ranks and (step == 0 or plan.segments(rank, source)):
+        if step in (0, plan.ranks):
+            work.own_keys(work.last if step else work.first)
+        elif segments := plan.segments(rank, source):
             assert shard is not None
-            segments = plan.segments(rank, source)
-            dq, dk, dv = call.kernel.backward(dout, q, *shard, out, lse, delta, segments, scale=call.scale, dq=dq)
-            part = dk, dv
+            part = work.differentiate(*shard, segments)
         wait()
         shard = arriving
-        gathered = joining if part is None else add(joining, part)
-        if step == 0 and plan.reach(rank) == 0 and gathered is not None:
-            home, gathered = gathered, None  # nobody else looks at this shard
-    assert dq is not None
-    return dq, *home
+        if part is not None and joining is not None:
+            gathered = joining[0].add_(part[0]), joining[1].add_(part[1])
+        else:
+            gathered = part or joining
+    return work.settle(parts)

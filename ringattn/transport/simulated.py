@@ -1,56 +1,256 @@
-"""Many ranks in one process: each is a thread, and a message is a tensor in a queue.
+"""Many ranks in one process, in virtual time: the executors run on it unchanged.
 
-The executors run on it unchanged, so the whole ring can be tested, and its error studied for any number of
-ranks, on one device.
+Whatever is in flight arrives in an order drawn from a seed, and it is made to hurt: bytes are read at the moment
+they arrive, so a sender that overwrites them early is found out; a tensor that waits to be filled holds NaN, so a
+reader that does not wait is, too. Messages can be lost, ranks can die, and bytes are counted.
 """
 
 from __future__ import annotations
 
-import queue
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from ringattn.transport.interface import Message, TransportError
+from ringattn.transport.interface import WORDS, Mark, Message, Move, TransportError
+from ringattn.transport.virtual_time import Clock
 
-__all__ = ["SimulatedTransport", "simulate"]
+__all__ = ["Network", "SimulatedTransport", "simulate"]
 
 T = TypeVar("T")
 
 
-class SimulatedTransport:
-    """One rank's end of a network of queues."""
+def contiguous(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        assert tensor.is_contiguous(), f"got strides {tensor.stride()} of {tuple(tensor.shape)}; send contiguous memory"
 
-    def __init__(self, rank: int, network: dict[tuple[int, int], queue.Queue[Tensor]], deadline: float):
+
+def spoil(tensor: Tensor) -> None:
+    """Fills with bytes that are NaN in every floating dtype."""
+    for row in tensor if tensor.numel() else ():
+        row.view(-1).view(torch.uint8).fill_(0xFF)
+
+
+@dataclass
+class Network:
+    """What connects the ranks, and what goes wrong.
+
+    Args:
+        seed: of all delays.
+        latency, bandwidth: of everything that travels, in seconds and bytes a second.
+        spread: how many times longer than that something may take.
+        pause: longest random delay of a rank before it waits for something.
+        deadline: longest wait for others, in seconds.
+        deaths: rank -> virtual time from which it does nothing any more; what it had sent and not arrived is lost.
+        lost: (sender, receiver) -> how many of the first messages between them never arrive.
+    """
+
+    seed: int = 0
+    latency: float = 5e-6
+    bandwidth: float = 2e11
+    spread: float = 10.0
+    pause: float = 1e-4
+    deadline: float = 60.0
+    deaths: dict[int, float] = field(default_factory=dict)
+    lost: dict[tuple[int, int], int] = field(default_factory=dict)
+    bytes_sent: Counter[tuple[int, int]] = field(default_factory=Counter)  # (from, to), filled in by a run
+
+    def run(self, ranks: int, work: Callable[[int, SimulatedTransport], Any]) -> list[Any]:
+        """What `work(rank, transport)` returned on each rank, or the exception that ended it."""
+        clock = Clock(ranks, self.seed, self.pause, self.deaths, self.deadline)
+        ends: list[SimulatedTransport] = []
+        ends += [SimulatedTransport(rank, clock, self, ends) for rank in range(ranks)]
+        return clock.run(lambda rank: work(rank, ends[rank]))
+
+
+class SimulatedTransport:
+    """One rank's end of a network: messages (`Transport`), and memory that all ranks reach (`Symmetric`)."""
+
+    def __init__(self, rank: int, clock: Clock, network: Network, ends: list[SimulatedTransport]):
         self.rank = rank
+        self.clock = clock
         self.network = network
-        self.deadline = deadline
+        self.ends = ends
+        self.last_arrival = 0.0
+        self.inbox: dict[int, deque[Tensor]] = {}
+        self.wanted: dict[int, deque[tuple[Tensor, Callable[[], None]]]] = {}
+        self.meetings = self.generation = 0
+        self.present: Counter[int] = Counter()  # rank -> meetings that it is known to have come to
+        self.notified = 0
+        self.notices: Counter[int] = Counter()
+        self.regions: list[Tensor] = []
+        self.retired: list[Tensor] = []  # regions before they moved
+        self.words = torch.zeros(WORDS, dtype=torch.int32)
+        self.patience = int(network.deadline * 1e9)
+        self.late = torch.zeros(1, dtype=torch.int32)
+
+    def travel(self, sender: int, receiver: int, nbytes: int, arrive: Callable[[], None], after: float = 0.0) -> float:
+        """Has `arrive` happen when so many bytes have come from one rank to the other; returns when."""
+        network, clock = self.network, self.clock
+        duration = (network.latency + nbytes / network.bandwidth) * clock.random.uniform(1, network.spread)
+        time = max(clock.now[self.rank], after) + duration
+        if sender != receiver:
+            network.bytes_sent[sender, receiver] += nbytes
+        if network.lost.get((sender, receiver), 0) > 0:
+            network.lost[sender, receiver] -= 1
+        else:
+            clock.at(time, lambda: None if clock.dead(self.rank, time) else arrive())
+        return time
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
         """See `Transport.exchange`."""
-        for message in sends:
-            self.network[self.rank, message.peer].put(message.tensor.clone())
+        contiguous(*(message.tensor for message in (*sends, *receives)))
+        pending: set[tuple[str, int]] = set()
+        for number, message in enumerate(receives):
+            spoil(message.tensor)
+            self.receive(message, number, pending)
+        for number, message in enumerate(sends):
+            self.send(message, number, pending)
 
         def wait() -> None:
-            for message in receives:
-                try:
-                    message.tensor.copy_(self.network[message.peer, self.rank].get(timeout=self.deadline))
-                except queue.Empty:
-                    raise TransportError(
-                        f"rank {self.rank} got nothing from rank {message.peer} within {self.deadline:g} s"
-                    ) from None
+            peers = [("send", sends), ("receive", receives)]
+            self.clock.wait(
+                self.rank,
+                lambda: not pending,
+                lambda: " and ".join(
+                    f"{verb}s with {sorted({messages[n].peer for kind, n in pending if kind == verb})}"
+                    for verb, messages in peers
+                    if any(kind == verb for kind, _ in pending)
+                ),
+            )
 
         return wait
 
+    def send(self, message: Message, number: int, pending: set[tuple[str, int]]) -> None:
+        other = self.ends[message.peer]
+        pending.add(("send", number))
 
-def simulate(ranks: int, work: Callable[[int, SimulatedTransport], T], deadline: float = 60.0) -> list[T]:
-    """Runs `work(rank, transport)` for every rank at once and returns what each returned; the first rank that
-    failed raises."""
-    network: dict[tuple[int, int], queue.Queue[Tensor]] = {
-        (source, peer): queue.Queue() for source in range(ranks) for peer in range(ranks)
-    }
-    with ThreadPoolExecutor(ranks) as pool:
-        futures = [pool.submit(work, rank, SimulatedTransport(rank, network, deadline)) for rank in range(ranks)]
-        return [future.result() for future in futures]
+        def arrive() -> None:
+            pending.discard(("send", number))
+            waiting = other.wanted.setdefault(self.rank, deque())
+            if waiting:
+                tensor, done = waiting.popleft()
+                tensor.copy_(message.tensor)
+                done()
+            else:
+                other.inbox.setdefault(self.rank, deque()).append(message.tensor.clone())
+
+        nbytes = message.tensor.numel() * message.tensor.element_size()
+        self.last_arrival = self.travel(self.rank, message.peer, nbytes, arrive, self.last_arrival)
+
+    def receive(self, message: Message, number: int, pending: set[tuple[str, int]]) -> None:
+        here = self.inbox.setdefault(message.peer, deque())
+        if here:
+            message.tensor.copy_(here.popleft())
+            return
+        pending.add(("receive", number))
+        wanted = self.wanted.setdefault(message.peer, deque())
+        wanted.append((message.tensor, lambda: pending.discard(("receive", number))))
+
+    def all_gather(self, moves: Sequence[Move]) -> Callable[[], None]:
+        """See `Transport.all_gather`."""
+        peers = range(len(self.ends))
+        for destination, source in moves:
+            destination[self.rank].copy_(source)
+        return self.exchange(
+            [Message(source, peer) for _, source in moves for peer in peers if peer != self.rank],
+            [Message(destination[peer], peer) for destination, _ in moves for peer in peers if peer != self.rank],
+        )
+
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """See `Symmetric.reserve`."""
+        have = [x.numel() for x in self.regions] + [0] * (len(sizes) - len(self.regions))
+        if not self.regions or any(size > held for size, held in zip(sizes, have, strict=True)):
+            self.meet()
+            self.generation += 1
+            self.retired += self.regions
+            self.regions = [
+                torch.zeros(max(size, held), dtype=torch.uint8) for size, held in zip(sizes, have, strict=True)
+            ]
+            self.meet()
+
+    def region(self, rank: int, index: int) -> Tensor:
+        """See `Symmetric.region`."""
+        return self.ends[rank].regions[index]
+
+    def meet(self) -> None:
+        """See `Symmetric.meet`."""
+        self.meetings += 1
+        self.tell(lambda peer: peer.present, self.meetings)
+        self.hear("meet", self.present, self.meetings)
+
+    def tell(self, counter: Callable[[SimulatedTransport], Counter[int]], count: int, after: float = 0.0) -> None:
+        def note(peer: SimulatedTransport) -> Callable[[], None]:
+            return lambda: counter(peer).update({self.rank: max(count - counter(peer)[self.rank], 0)})
+
+        for peer in self.ends:
+            if peer is not self:
+                self.travel(self.rank, peer.rank, 0, note(peer), after)
+
+    def hear(self, verb: str, counter: Counter[int], count: int) -> None:
+        def missing() -> list[int]:
+            return [peer for peer in range(len(self.ends)) if peer != self.rank and counter[peer] < count]
+
+        self.clock.wait(self.rank, lambda: not missing(), lambda: f"ranks {missing()} to {verb}")
+
+    def copy(self, moves: Sequence[Move | Mark], *, notify: bool = False) -> Callable[[], None]:
+        """See `Symmetric.copy`."""
+        pending = set(range(len(moves)))
+        last = 0.0
+        for number, move in enumerate(moves):
+            if isinstance(move, Mark):
+                last = self.travel(self.rank, self.rank, 0, self.marking(move, pending, number), after=last)
+                continue
+            contiguous(*move.destination, *move.source)
+            spoil(move.destination)
+            nbytes = move.destination.numel() * move.destination.element_size()
+            owners = self.owner(move.source), self.owner(move.destination)
+            last = max(last, self.travel(*owners, nbytes, self.moving(move, pending, number)))
+        if notify:
+            self.notified += 1
+            self.tell(lambda peer: peer.notices, self.notified, after=last)
+        return lambda: self.clock.wait(self.rank, lambda: not pending, lambda: f"{len(pending)} copies")
+
+    def moving(self, move: Move, pending: set[int], number: int) -> Callable[[], None]:
+        def arrive() -> None:
+            move.destination.copy_(move.source)
+            pending.discard(number)
+
+        return arrive
+
+    def marking(self, mark: Mark, pending: set[int], number: int) -> Callable[[], None]:
+        count = self.meetings
+
+        def arrive() -> None:
+            mark.words.fill_(count)
+            pending.discard(number)
+
+        return arrive
+
+    def owner(self, tensor: Tensor) -> int:
+        """Whose memory a tensor lies in."""
+        storage = tensor.untyped_storage().data_ptr()
+        assert all(x.untyped_storage().data_ptr() != storage for end in self.ends for x in end.retired), "memory moved"
+        owners = (end.rank for end in self.ends if any(x.untyped_storage().data_ptr() == storage for x in end.regions))
+        return next(owners, self.rank)
+
+    def confirm(self) -> None:
+        """See `Symmetric.confirm`."""
+        assert not self.late, "kernels on simulated ranks wait in virtual time"
+
+    def collect(self) -> None:
+        """See `Symmetric.collect`."""
+        self.hear("finish their copies", self.notices, self.notified)
+
+
+def simulate(ranks: int, work: Callable[[int, SimulatedTransport], T], network: Network | None = None) -> list[T]:
+    """Runs `work(rank, transport)` for every rank and returns what each returned. If ranks failed, one of them raises:
+    one that did not just wait for another, if there is one."""
+    outcomes = (network or Network()).run(ranks, work)
+    failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if failures:
+        raise min(failures, key=lambda failure: isinstance(failure, TransportError))
+    return outcomes

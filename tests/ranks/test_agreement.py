@@ -85,7 +85,7 @@ def late_disagreement(rank: int) -> str:
 def test_a_disagreement_after_the_first_call_raises_on_every_rank():
     said = run_ranks(3, late_disagreement, timeout=30)
     assert "configuration that all ranks agreed on before" in said[1]
-    assert "rank 0 was still sending to [1] and receiving from [2]" in said[0]
+    assert "rank 0 was not done with sends to ranks [1], receives from [2]" in said[0]
 
 
 def shards_that_do_not_fit(rank: int) -> None:

@@ -21,11 +21,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = list(itertools.product(LAYOUTS, [(4, 4), (4, 1), (8, 2)], (True, False), (331, 96, 7, 2), (1, 3), DTYPES))
 
 
-def check_cases(rank: int, cases: list, device: str = "cpu") -> None:
+def check_cases(rank: int, cases: list, device: str = "cpu", executor: str = "auto") -> None:
     for layout, (q_heads, kv_heads), causal, seq_len, batch, dtype in cases:
         case = Case(seq_len, batch, q_heads, kv_heads, 16, causal, dtype)
         inputs = make_inputs(case, seq_len, device)
-        cp = ringattn.ContextParallel(layout=layout)
+        cp = ringattn.ContextParallel(layout=layout, executor=executor)
         got = attend_across_ranks(cp, case, inputs)
         if rank == 0:
             kernel = choose_kernel(cp.kernel, *inputs[:3]).kernel
@@ -36,6 +36,23 @@ def check_cases(rank: int, cases: list, device: str = "cpu") -> None:
 def test_equal_to_one_rank(ranks):
     """A random sample of all layouts, heads, masks, lengths, batches and dtypes; tests/simulated runs every one."""
     run_ranks(ranks, check_cases, random.Random(ranks).sample(CASES, 40))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gather_is_equal_to_one_rank(ranks):
+    run_ranks(ranks, check_cases, random.Random(ranks).sample(CASES, 20), "cpu", "gather")
+
+
+def pull_without_gpus(rank: int) -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(NotImplementedError, match="executor='pull' needs ranks on one node whose GPUs"):
+        ringattn.ring_attention(q, q, q, executor="pull")
+    with pytest.raises(ValueError, match="got executor='push'; choose one of auto, ring, gather, pull"):
+        ringattn.ring_attention(q, q, q, executor="push")
+
+
+def test_an_executor_that_cannot_run_here_raises():
+    run_ranks(2, pull_without_gpus)
 
 
 def shard_anything(rank: int) -> None:

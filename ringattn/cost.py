@@ -1,0 +1,299 @@
+"""What an attention will take, and so which executor to use: a model of measured rates, the same on every rank.
+
+A launch takes the time of its products at the kernel's rate, and a fixed time to fill and drain the GPU. What travels
+takes a fixed time, and its bytes at the rate of the link at that size. Both go on side by side where an executor hides
+one behind the other, and nothing is faster than the host issues it:
+
+    ring      max(own, hop) + max(others' 1, hop) + ...     every hop hides, every step merges
+    gather    all keys + everything                          nothing hides, nothing merges
+    pull      max(own, keys) + others' + a merge             or, in one launch, keys + everything
+
+`python -m ringattn.cost 32768 4` prints the choice for 32768 tokens on each of 4 ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import pairwise
+from math import log
+from typing import NamedTuple
+
+from ringattn.executors.axis import slots, span
+from ringattn.executors.call import Schedule
+from ringattn.executors.pull import axis_of, remote_axis, slot_of
+from ringattn.plan import Plan, make_plan
+from ringattn.transport.interface import WORDS
+
+__all__ = ["KERNEL_RATES", "LINKS", "Choice", "Prediction", "Workload", "choose_executor", "predict"]
+
+Curve = tuple[tuple[float, float], ...]  # (bytes, bytes a second), from small to large
+
+
+class KernelRate(NamedTuple):
+    """Operations a second of long sequences, forward and backward."""
+
+    forward: float
+    backward: float
+
+
+# Measured on an H200, bf16, 32:8 heads, head dim 128, causal: docs/benchmarks/kernel.jsonl, scaling.jsonl.
+KERNEL_RATES = {
+    "hopper": KernelRate(620e12, 560e12),
+    "triton": KernelRate(490e12, 430e12),
+    "cudnn": KernelRate(589e12, 537e12),
+    "aten": KernelRate(345e12, 322e12),
+    "reference": KernelRate(10e12, 10e12),
+}
+MEGA = 1e6
+LINKS: dict[str, Curve] = {
+    "p2p": ((1 * MEGA, 15e9), (16 * MEGA, 68e9), (64 * MEGA, 120e9), (256 * MEGA, 262e9)),
+    "all-gather": ((1 * MEGA, 20e9), (16 * MEGA, 150e9), (64 * MEGA, 230e9), (256 * MEGA, 300e9)),
+    "copy engine": ((1 * MEGA, 73e9), (4 * MEGA, 205e9), (16 * MEGA, 306e9), (64 * MEGA, 350e9), (256 * MEGA, 368e9)),
+}
+LAUNCH = 12e-6  # seconds to fill and drain the GPU
+MEETING = 10e-6  # seconds for ranks to meet on the GPU
+MEMORY = 3.5e12  # bytes a second to and from memory
+BESIDE = {"p2p": 1.3, "copy engine": 1.09}  # how much slower attention is beside such traffic
+HOST = {"call": 120e-6, "launch": 45e-6, "travel": 40e-6}  # seconds of the host
+MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
+
+
+class Workload(NamedTuple):
+    """Everything of a call that the model looks at."""
+
+    plan: Plan
+    kernel: str
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    itemsize: int
+    same_node: bool  # ranks reach each other's memory
+    waits: bool  # the kernel can wait for keys while it runs
+    memory: int  # bytes of a GPU
+
+    @property
+    def token_bytes(self) -> int:
+        """Of keys and values."""
+        return self.batch * self.kv_heads * (self.head_dim + self.v_head_dim) * self.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of a token's dk and dv in fp32."""
+        return self.token_bytes // self.itemsize * 4
+
+    def compute(self, rank: int, source: int, backward: bool = False) -> float:
+        """Seconds of products."""
+        pairs = sum(segment.pairs for segment in self.plan.segments(rank, source))
+        flops = 2 * (self.head_dim + self.v_head_dim) * self.q_heads * self.batch * pairs
+        rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
+        return flops * 2.5 / rates.backward if backward else flops / rates.forward
+
+    def merge(self, rank: int) -> float:
+        """Seconds to write partial results and to read them again."""
+        return 8 * self.plan.layout.lengths[rank] * self.batch * self.q_heads * self.v_head_dim / MEMORY
+
+
+class Prediction(NamedTuple):
+    """Seconds of the slowest rank, and bytes that an executor keeps for other ranks' keys and gradients."""
+
+    executor: str
+    schedule: Schedule
+    forward: float
+    backward: float
+    memory: int
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __str__(self) -> str:
+        name = self.executor
+        if self.executor == "pull":
+            way = "flags" if self.schedule.flags else "own keys first" if self.schedule.own_first else "one launch"
+            name += f" ({way}, own gradients {'in halves' if self.schedule.halves else 'last'})"
+        elif self.schedule.head_groups > 1:
+            name += f" ({self.schedule.head_groups} head groups)"
+        return (
+            f"{name}: forward {self.forward * 1e3:.3g} ms, backward {self.backward * 1e3:.3g} ms, "
+            f"{self.memory / 2**30:.3g} GiB"
+        )
+
+
+class Choice(NamedTuple):
+    """An executor, how it cuts its work, why, and what was weighed."""
+
+    executor: str
+    schedule: Schedule
+    reason: str
+    predictions: tuple[Prediction, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.executor} ({self.reason})", *(f"  {p}" for p in self.predictions)])
+
+
+def seconds(link: str, nbytes: float) -> float:
+    """To carry so many bytes: what was measured, interpolated in logarithms."""
+    curve = LINKS[link]
+    if nbytes <= curve[0][0]:
+        return curve[0][0] / curve[0][1] if nbytes else 0.0
+    for (small, slow), (large, fast) in pairwise(curve):
+        if nbytes <= large:
+            share = log(nbytes / small) / log(large / small)
+            return (small / slow) ** (1 - share) * (large / fast) ** share
+    return nbytes / curve[-1][1]
+
+
+def beside(compute: float, travel: float, link: str) -> float:
+    """Both at once: attention is slower as long as the traffic lasts."""
+    slowed = compute + min(travel, compute) * (1 - 1 / BESIDE[link])
+    return max(slowed, travel)
+
+
+def predict(load: Workload) -> Iterator[Prediction]:
+    """Every executor that can run this, with the schedules worth trying."""
+    yield predict_ring(load)
+    for groups in (1, 2, 4, 8):
+        if load.kv_heads % groups == 0:
+            yield predict_gather(load, groups)
+    if load.same_node:
+        can_wait = load.waits and slot_of(load.plan) is not None and load.plan.ranks * load.kv_heads <= WORDS
+        for own_first, flags in ((True, False), (False, False), (False, True))[: 3 if can_wait else 2]:
+            for halves in (True, False):
+                yield predict_pull(load, Schedule(own_first=own_first, flags=flags, halves=halves))
+
+
+def predict_ring(load: Workload) -> Prediction:
+    plan, ranks = load.plan, range(load.plan.ranks)
+    shard = max(plan.layout.lengths)
+    hop, home = seconds("p2p", shard * load.token_bytes), seconds("p2p", shard * load.gradient_bytes)
+    both = seconds("p2p", shard * (load.token_bytes + load.gradient_bytes))
+    forward = backward = 0.0
+    for rank in ranks:
+        steps = [load.compute(rank, (rank - t) % plan.ranks) + LAUNCH for t in ranks]
+        merges = load.merge(rank) * (plan.ranks - 1)
+        forward = max(forward, sum(beside(step, hop, "p2p") for step in steps[:-1]) + steps[-1] + merges)
+        steps = [load.compute(rank, (rank - t) % plan.ranks, True) + LAUNCH for t in ranks]
+        halves = steps[0] / 4, steps[0] * 3 / 4
+        middle = [beside(step, both if t > 1 else hop, "p2p") for t, step in enumerate(steps[1:], 1)]
+        backward = max(backward, beside(halves[0], hop, "p2p") + sum(middle) + beside(halves[1], home, "p2p"))
+    issued = HOST["call"] + plan.ranks * (HOST["launch"] + HOST["travel"])
+    memory = 2 * shard * load.token_bytes + 3 * shard * load.gradient_bytes
+    return Prediction("ring", Schedule(), max(forward, issued), max(backward, 2 * issued), memory)
+
+
+def predict_gather(load: Workload, groups: int) -> Prediction:
+    plan, ranks = load.plan, range(load.plan.ranks)
+    shard, length = max(plan.layout.lengths), slots(plan, 0).length
+    travel = seconds("all-gather", (length - shard) * load.token_bytes / groups)
+    home = seconds("p2p", (length - shard) * load.gradient_bytes)
+    forward = backward = 0.0
+    for rank in ranks:
+        compute = sum(load.compute(rank, source) for source in ranks) / groups + LAUNCH
+        forward = max(forward, travel + (groups - 1) * beside(compute, travel, "p2p") + compute)
+        own = load.compute(rank, rank, True)
+        remote = sum(load.compute(rank, source, True) for source in ranks) - own + LAUNCH
+        come = seconds("all-gather", (length - shard) * load.token_bytes)
+        backward = max(backward, beside(own / 4, come, "p2p") + remote + beside(own * 3 / 4, home, "p2p"))
+    issued = HOST["call"] + groups * (HOST["launch"] + HOST["travel"])
+    memory = min(groups, 2) * length * load.token_bytes // groups
+    memory = max(memory, length * (load.token_bytes + 2 * load.gradient_bytes))  # the backward takes all heads at once
+    return Prediction(
+        "gather", Schedule(head_groups=groups), max(forward, issued), max(backward, 3 * issued), int(memory)
+    )
+
+
+def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
+    plan, ranks = load.plan, range(load.plan.ranks)
+    forward = backward = 0.0
+    for rank in ranks:
+        others = remote_axis(plan, rank).length
+        pack = MEETING + 2 * plan.layout.lengths[rank] * load.token_bytes / MEMORY
+        come = seconds("copy engine", others * load.token_bytes)
+        first = seconds("copy engine", others * load.token_bytes / load.kv_heads)
+        home = seconds("copy engine", others * load.gradient_bytes)
+        own, remote = (sum(load.compute(rank, s) for s in ranks if (s == rank) == mine) for mine in (True, False))
+        if schedule.flags:
+            taken = first + beside(own + remote + LAUNCH, come - first, "copy engine")
+        elif schedule.own_first:
+            merged = load.merge(rank) if remote else 0.0
+            taken = beside(own + LAUNCH, come, "copy engine") + remote + LAUNCH + merged
+        else:
+            taken = come + own + remote + LAUNCH
+        forward = max(forward, pack + taken)
+        own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
+        early = own / 4 if schedule.halves else 0.0
+        taken = beside(early + LAUNCH, come, "copy engine") if schedule.halves else come
+        taken += remote + LAUNCH + beside(own - early + LAUNCH, home + MEETING, "copy engine")
+        backward = max(backward, pack + taken + 3 * others * load.gradient_bytes / MEMORY)
+    issued = HOST["call"] + (1 + schedule.own_first) * HOST["launch"] + 2 * HOST["travel"]
+    issued_back = HOST["call"] + (2 + schedule.halves) * 2 * HOST["launch"] + 4 * HOST["travel"]
+    longest = max(axis_of(plan, rank).length for rank in ranks)
+    most = max(sum(span(plan, rank, s)[1] for rank in ranks if rank != s) for s in ranks)
+    memory = 2 * longest * load.token_bytes + most * load.gradient_bytes
+    return Prediction("pull", schedule, max(forward, issued), max(backward, issued_back), memory)
+
+
+@lru_cache(maxsize=1024)
+def choose_executor(name: str, load: Workload) -> Choice:
+    """The executor called `name`, or for "auto" the one with the least predicted time of forward and backward that
+    keeps to its share of memory. Depends on what all ranks have in common only.
+
+    Raises:
+        NotImplementedError: the executor asked for by name cannot run here.
+    """
+    if load.plan.ranks == 1:
+        return Choice("ring", Schedule(), "one rank")
+    if name == "pull" and not load.same_node:
+        raise NotImplementedError(
+            "executor='pull' needs ranks on one node whose GPUs reach each other's memory, and Triton; "
+            "use executor='ring' or 'auto'"
+        )
+    if load.memory == 0:
+        return Choice(name if name != "auto" else "ring", Schedule(), "no rates are known for this device")
+    budget = int(load.memory * MEMORY_SHARE)
+    weighed = sorted(predict(load), key=lambda prediction: prediction.total)
+    named = [prediction for prediction in weighed if name in ("auto", prediction.executor)]
+    fitting = [prediction for prediction in named if prediction.memory <= budget]
+    best = fitting[0] if fitting else min(named, key=lambda prediction: prediction.memory)
+    reason = "asked for by name" if name != "auto" else "least predicted time"
+    if not fitting:
+        reason += f", although over the budget of {budget / 2**30:.3g} GiB"
+    elif best is not named[0]:
+        reason += f" within {budget / 2**30:.3g} GiB"
+    return Choice(best.executor, best.schedule, reason, tuple(weighed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=int, help="on each rank")
+    parser.add_argument("ranks", type=int)
+    parser.add_argument("--kernel", default="triton", choices=KERNEL_RATES)
+    parser.add_argument("--layout", default="zigzag")
+    parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("Q", "KV"))
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--across-nodes", action="store_true")
+    chosen = parser.parse_args()
+    plan = make_plan(chosen.layout, chosen.tokens * chosen.ranks, chosen.ranks, causal=True)
+    q_heads, kv_heads = chosen.heads
+    load = Workload(
+        plan=plan,
+        kernel=chosen.kernel,
+        batch=1,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=chosen.head_dim,
+        v_head_dim=chosen.head_dim,
+        itemsize=2,
+        same_node=not chosen.across_nodes,
+        waits=chosen.kernel == "hopper",
+        memory=141 * 10**9,
+    )
+    print(choose_executor("auto", load))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Every executor on all GPUs: results, a soak with delays, and the death of a rank."""
+
+import os
+import random
+from datetime import timedelta
+
+import pytest
+import torch
+
+from tests.gang import run_ranks
+from tests.ranks.test_attention import CASES, check_cases
+from tests.soak import die_in_the_middle, soak
+
+GPUS = torch.cuda.device_count()
+EXECUTORS = ["ring", "gather", "pull"]
+
+pytestmark = [pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"), pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_equal_to_one_rank(executor):
+    """All layouts, masks, lengths and batches with one choice of heads: every other one compiles kernels anew."""
+    cases = [case for case in CASES if case[1] == (8, 2) and case[-1] != torch.float32]
+    run_ranks(GPUS, check_cases, random.Random(0).sample(cases, 40), "cuda", executor, backend="nccl", timeout=280)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_soak(executor):
+    """RINGATTN_SOAK sets the number of steps."""
+    steps = int(os.environ.get("RINGATTN_SOAK", "300"))
+    run_ranks(GPUS, soak, "cuda", executor, steps, backend="nccl", timeout=580)
+
+
+def die_soon(rank: int, executor: str) -> str:
+    from ringattn import ranks
+
+    ranks.DEADLINE = timedelta(seconds=3)
+    return die_in_the_middle(rank, "cuda", executor, 3.0)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_others_raise_when_a_rank_dies(executor):
+    said = run_ranks(GPUS, die_soon, executor, backend="nccl", timeout=100, dying=(GPUS - 1,))
+    assert all("waited 3 s for" in message for message in said[:-1])

@@ -1,0 +1,60 @@
+"""The cost model: choices that follow from its rates, the same on every rank, within the budget, and printed."""
+
+import pytest
+
+from ringattn.cost import MEMORY_SHARE, Workload, choose_executor, predict, seconds
+from ringattn.plan import make_plan
+
+
+def workload(tokens: int, ranks: int, **changed) -> Workload:
+    plan = make_plan("zigzag", tokens * ranks, ranks, causal=True)
+    given = {"same_node": True, "memory": 141 * 10**9, "kernel": "triton", "waits": False} | changed
+    return Workload(plan, batch=1, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128, itemsize=2, **given)
+
+
+def test_links_take_longer_for_more():
+    for link in ("p2p", "all-gather", "copy engine"):
+        times = [seconds(link, 2.0**n) for n in range(10, 34)]
+        assert times == sorted(times)
+    assert seconds("p2p", 0) == 0
+
+
+@pytest.mark.parametrize("tokens", [512, 2048, 8192, 32768])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_choice_is_the_least_prediction(tokens, ranks):
+    load = workload(tokens, ranks)
+    choice = choose_executor("auto", load)
+    assert choice.predictions[0].total == min(prediction.total for prediction in predict(load))
+    assert (choice.executor, choice.schedule) == choice.predictions[0][:2]
+    for named in ("ring", "gather", "pull"):
+        assert choose_executor(named, load).executor == named
+
+
+def test_where_memory_is_short_the_ring_is_left():
+    load = workload(32768, 8, memory=16 * 10**9)
+    choice = choose_executor("auto", load)
+    assert choice.executor == "ring"
+    assert choice.predictions[0].memory > 16e9 * MEMORY_SHARE
+    assert "within" in str(choice)
+
+
+def test_pull_needs_one_node():
+    load = workload(8192, 4, same_node=False)
+    assert choose_executor("auto", load).executor != "pull"
+    with pytest.raises(NotImplementedError, match="executor='pull' needs ranks on one node"):
+        choose_executor("pull", load)
+
+
+def test_longer_sequences_scale_better():
+    """Predicted efficiency, one GPU's time over P times ours, rises with the length and stays below one."""
+    efficiency = []
+    for tokens in (1024, 4096, 16384, 65536):
+        load = workload(tokens, 4)
+        alone = sum(load.compute(0, source) for source in range(4))
+        efficiency.append(alone / choose_executor("auto", load).predictions[0].forward)
+    assert efficiency == sorted(efficiency)
+    assert efficiency[-1] < 1
+
+
+def test_on_a_device_without_rates_the_ring_is_left():
+    assert choose_executor("auto", workload(64, 2, memory=0, same_node=False)).executor == "ring"
