@@ -152,6 +152,17 @@ class SymmetricMemory:
         self.regions = [memory.split(self.sizes) for memory in self.arena.of_rank]
         self.barrier(f"mapped/{self.generation}")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved on this GPU; torch's allocator does not count them."""
+        return sum(self.sizes)
+
+    def release(self) -> None:
+        """Gives back what was reserved. Collective."""
+        self.generation += 1
+        self.barrier(f"free/{self.generation}")
+        self.sizes, self.regions, self.arena = (), [], None
+
     def region(self, rank: int, index: int) -> Tensor:
         """See `Symmetric.region`."""
         return self.regions[rank][index]

@@ -19,10 +19,10 @@ CPU = torch.device("cpu")
 
 def test_the_slowest_rank_counts():
     ranks = [
-        {"ahead": [1.0, 5.0], "synchronised": [3.0], "gib": 0.5},
-        {"ahead": [2.0, 4.0], "synchronised": [2.0], "gib": 0.75},
+        {"ahead": [1.0, 5.0], "synchronised": [3.0], "gib": 0.5, "expects": {}},
+        {"ahead": [2.0, 4.0], "synchronised": [2.0], "gib": 0.75, "expects": {}},
     ]
-    assert over_ranks(ranks) == {"ahead": [2.0, 5.0], "synchronised": [3.0], "gib": 0.75}
+    assert over_ranks(ranks) == {"ahead": [2.0, 5.0], "synchronised": [3.0], "gib": 0.75, "expects": {}}
 
 
 def peers_without_a_gpu(rank):
