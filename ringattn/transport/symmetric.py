@@ -28,6 +28,7 @@ from ringattn.transport.interface import WORDS, Mark, Move, TransportError
 __all__ = ["SymmetricMemory", "node"]
 
 ALIGNMENT = 1024
+KNOWN = 256  # lists of copies that are remembered
 MET, NOTIFIED = 0, 1  # two rows of words
 
 
@@ -231,6 +232,8 @@ class SymmetricMemory:
                 calls.append((None, tuple(move.words.data_ptr() + 4 * index for index in range(move.words.numel()))))
         if isinstance(moves, tuple):
             self.known[id(moves)] = moves, calls  # held, so that nothing else gets its id
+            if len(self.known) > KNOWN:
+                del self.known[next(iter(self.known))]
         return calls
 
     def confirm(self) -> None:
