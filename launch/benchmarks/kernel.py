@@ -24,6 +24,7 @@ from .desk import Desk
 from .implementations import local_implementations
 from .local import Implementation
 from .timing import Deadline
+from .torch_kernels import BY_TORCH
 from .truth import Truth
 from .workers import Failed, Worker, preload, tensors
 
@@ -41,7 +42,7 @@ class KernelBench:
     cases: list[str] = field(default_factory=list)  # batch/q_heads:kv_heads/head_dim/seq_len/mask
     dtype: str = "auto"  # auto: bf16 on GPUs, else fp32
     passes: list[str] = field(default_factory=lambda: ["forward", "backward"])
-    implementations: list[str] = field(default_factory=list)  # names or patterns; empty: all but the specification
+    implementations: list[str] = field(default_factory=list)  # names or patterns; empty: see `chosen`
     rounds: int = 2
     budget_ms: float = 200.0  # for one implementation and pass in one round
     patience: float = 120.0  # seconds until an implementation that does not answer is ended
@@ -62,9 +63,12 @@ class KernelBench:
         require(self.patience > 0, "patience", self.patience, "more than 0 seconds")
         require(self.parallel.ranks == 1, "parallel.ranks", self.parallel.ranks, "1: bench=kernel measures one GPU")
 
-    def chosen(self) -> list[Implementation]:
+    def chosen(self, device: torch.device) -> list[Implementation]:
+        """Unless told, all but the specification, and on GPUs but torch's kernels behind our interface: they appear as
+        torch's own."""
         known = local_implementations()
-        standard = [each for name, each in known.items() if name != SPECIFICATION]
+        left_out = {SPECIFICATION, *(f"ringattn-{name}" for name in BY_TORCH if device.type == "cuda")}
+        standard = [each for name, each in known.items() if name not in left_out]
         return matching("implementations", self.implementations, known) or standard
 
     def named_cases(self, device: torch.device) -> list[Case]:
@@ -75,7 +79,7 @@ class KernelBench:
 def run(settings: KernelBench, place: Place) -> Iterator[list[dict[str, Any]]]:
     """The records of one case after the other; prints what gets no figure, and why."""
     preload(Desk.__module__)
-    return measure(settings.chosen(), settings.named_cases(place.device), settings, place.device)
+    return measure(settings.chosen(place.device), settings.named_cases(place.device), settings, place.device)
 
 
 def measure(

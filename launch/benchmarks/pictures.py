@@ -102,7 +102,7 @@ def draw_timeline(records: Sequence[Record], path: Path) -> None:
     """For each implementation, when each rank computed and when data travelled; a row of two lanes for each rank."""
     with mpl.rc_context(STYLE):
         ranks = max(record["ranks"] for record in records)
-        figure = Figure(figsize=(10, 0.6 + len(records) * (0.9 + 0.34 * ranks)), layout="constrained")
+        figure = Figure(figsize=(10, 0.6 + len(records) * (0.8 + 0.28 * ranks)), layout="constrained")
         rows = figure.subplots(len(records), 1, sharex=True, squeeze=False)[:, 0]
         for axes, record in zip(rows, records, strict=True):
             for what, lane in (("compute", 0.0), ("communication", 0.4)):

@@ -89,10 +89,14 @@ class AcrossRanks:
         known = across_implementations(auto if self.peer_kernel == "auto" else self.peer_kernel, self.mask != "none")
         if self.implementations:
             return matching("implementations", self.implementations, known)
-        nothing = torch.empty(1, 0, 1, self.head_dim, dtype=self.type_on(device), device=device)
         balanced = "balanced" if "balanced" in LAYOUTS and self.mask not in ("causal", "none") else "zigzag"
-        ours = standard(choose_kernel("auto", nothing, nothing, nothing).kernel.name, balanced)
+        ours = standard(self.kernel_on(device), balanced)
         return [each for name, each in known.items() if name in ours or not name.startswith("ringattn-")]
+
+    def kernel_on(self, device: torch.device) -> str:
+        """The kernel that is chosen unless one is asked for."""
+        nothing = torch.empty(1, 0, 1, self.head_dim, dtype=self.type_on(device), device=device)
+        return choose_kernel("auto", nothing, nothing, nothing).kernel.name
 
     def type_on(self, device: torch.device) -> torch.dtype:
         auto = "bf16" if device.type == "cuda" else "fp32"

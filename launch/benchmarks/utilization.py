@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from ringattn.attention import EXECUTORS
+
 from ..gang import Place
 from ..oracle import Case
 from ..records import circumstances
 from ..settings import require
 from . import counters, kernel
+from .across import Across
 from .cases import DTYPES, describe, matching, named_case, shape_of
 from .contest import Contest
 from .desk import Desk
@@ -31,6 +34,7 @@ from .workers import Failed, preload
 __all__ = ["UtilizationBench", "ceilings"]
 
 TOKENS = {"cuda": (8192,), "cpu": (64,)}  # on each rank, in the timeline
+FOLLOWED = {"torch-cp-allgather", "ring-flash-attn-zigzag"}  # the peers in the timeline
 SIZES = {"cuda": (8192, 2**31), "cpu": (256, 2**22)}  # of the matrices, rows; and of the copy, bytes
 
 
@@ -52,6 +56,13 @@ class UtilizationBench(AcrossRanks):
         matching("local", self.local, local_implementations())
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.budget_ms > 0, "budget_ms", self.budget_ms, "more than 0")
+
+    def chosen(self, device: torch.device) -> list[Across]:
+        """Unless told: every executor over one kernel and layout, and two peers."""
+        if self.implementations:
+            return super().chosen(device)
+        ours = {f"ringattn-{self.kernel_on(device)}-{executor}-zigzag" for executor in EXECUTORS}
+        return [each for each in super().chosen(device) if each.name in ours | FOLLOWED]
 
     def of_one_gpu(self) -> kernel.KernelBench:
         return kernel.KernelBench(
@@ -80,7 +91,9 @@ def profiled(settings: UtilizationBench, place: Place) -> Iterator[list[dict[str
     preload(Desk.__module__)
     peaks = ceilings(place.device)
     cases = alone.named_cases(place.device)
-    for case, records in zip(cases, kernel.measure(alone.chosen(), cases, alone, place.device), strict=True):
+    for case, records in zip(
+        cases, kernel.measure(alone.chosen(place.device), cases, alone, place.device), strict=True
+    ):
         counted = counters_of(records, case, settings, place.device)
         for record in records:
             call = record["impl"], record["pass"]

@@ -117,8 +117,10 @@ def test_patterns_choose_and_a_kernel_with_a_switch_appears_in_both_ways(monkeyp
             return super().backward(*arguments, **options)
 
     monkeypatch.setitem(implementations.KERNELS, "swift", Switched())
-    names = [each.name for each in kernel.KernelBench(implementations=["*swift*", "*-swift"]).chosen()]
+    names = [each.name for each in kernel.KernelBench(implementations=["*swift*", "*-swift"]).chosen(CPU)]
     assert names == ["ringattn-swift", "ringattn-swift-deterministic"]
+    everybody = [[each.name for each in kernel.KernelBench().chosen(torch.device(kind))] for kind in ("cpu", "cuda")]
+    assert [("ringattn-aten" in some, "torch-fa2" in some) for some in everybody] == [(True, True), (False, True)]
     each, case = implementations.local_implementations()[names[1]], named_case(TOY, torch.float32)
     x = make_inputs(case, 0)
     assert len(each.backward(x, each.forward(x, case), case)) == 3
