@@ -13,11 +13,16 @@ from .portable import TritonKernel
 __all__ = ["HopperKernel"]
 
 DTYPES = (torch.bfloat16, torch.float16)
+WIDEST_BACKWARD = 128  # dK and dV of wider heads do not fit into registers
 UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
 
 
 class HopperKernel(TritonKernel):
-    """The portable kernels, where there is none of its own. Deterministic: the same inputs give the same bits."""
+    """The portable kernels, where there is none of its own: in the backward, for head dims over 128.
+
+    The same inputs give the same bits, but for dq: programs add to it in any order. With
+    `torch.use_deterministic_algorithms(True)` they do so in a fixed one.
+    """
 
     name = "hopper"
 
@@ -42,3 +47,12 @@ class HopperKernel(TritonKernel):
         from .hopper_forward_launch import forward
 
         return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q))
+
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
+        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST_BACKWARD:
+            rest = {"scale": scale, "dq": dq, "dk": dk, "dv": dv}
+            return super().backward(dout, q, k, v, out, lse, delta, segments, **rest)
+        from .hopper_backward_launch import backward
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, deterministic)

@@ -28,7 +28,7 @@ from .hopper_add import await_turn, reduce_add, reduced, viewed
 from .hopper_steps import narrow_block, wide_block
 from .hopper_tile import fetch, product_layout, run_at
 
-__all__ = ["gradients_kernel"]
+__all__ = ["hopper_backward_kernel"]
 
 KEYS = gl.constexpr(128)  # of a tile
 ROWS = gl.constexpr(64)  # of a step
@@ -36,7 +36,7 @@ BLOCK = gl.constexpr(128)  # rows of a block, two steps
 
 
 @gluon.jit(do_not_specialize=["CELLS"])
-def gradients_kernel(
+def hopper_backward_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, tiles, runs, visits, turns, counters, scale, CELLS,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, SHIFTS: gl.constexpr,
     ADD: gl.constexpr, ORDERED: gl.constexpr,

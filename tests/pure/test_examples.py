@@ -12,6 +12,7 @@ MODULES = [
     "ringattn.kernels.merge",
     "ringattn.kernels.segments",
     "ringattn.kernels.tiles",
+    "ringattn.kernels.turns",
     "ringattn.layout",
     "ringattn.mask",
     "ringattn.plan",
