@@ -115,11 +115,17 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
         (1, 8, 8)
     """
     together = section(units, bytes_each)
-    return min(n for n in range(1, units + 1) if units % n == 0 and n >= (max(together, min(SIDE, units)) if ordered else together))
+    return min(
+        n
+        for n in range(1, units + 1)
+        if units % n == 0 and n >= (max(together, min(SIDE, units)) if ordered else together)
+    )
 
 
 def describable(x: Tensor) -> bool:
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and describe(x.shape, x.stride(), x.element_size(), 1) is not None
+    return (
+        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and describe(x.shape, x.stride(), x.element_size(), 1) is not None
+    )
 
 
 def described(x: Tensor, rows: int, width: int) -> CheckedDescriptor:

@@ -132,7 +132,7 @@ def hidden(b_p, mask, ROW, HALF: gl.constexpr):
     one comparison for every key, unsigned."""
     masked, runs, i_run, j = mask
     if masked:
-        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+        _, length, _, _, shift, low, high, window = run_at(runs, i_run)
         key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, b_p.type.layout))
         first_row = key - shift - j - ROW
         end = gl.maximum(length - j - ROW - first_row, 0)

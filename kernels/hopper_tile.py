@@ -6,6 +6,7 @@ has no words for, a few PTX instructions, stands here as inline assembly.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportCallIssue=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -71,10 +72,11 @@ def barrier_asm(operation, barrier, threads):
 
 @gluon.jit
 def await_flag(flag, error, EPOCH, PATIENCE, i_flag):
-    """Returns once *flag has reached EPOCH, which may wrap around; what was written before may then be read, by TMA too.
+    """Returns once *flag has reached EPOCH, which may wrap around; what was written before may then be read, by TMA
+    too.
 
-    Gives up when others did or after PATIENCE nanoseconds: *error becomes 1 + i_flag, and whoever uses what was read must
-    look at it afterwards. For one warp, whose lanes all do the same."""
+    Gives up when others did or after PATIENCE nanoseconds: *error becomes 1 + i_flag, and whoever uses what was read
+    must look at it afterwards. For one warp, whose lanes all do the same."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred done; .reg .b32 value; .reg .b64 now, end;

@@ -49,7 +49,9 @@ def turns_of(work: Work, block: int) -> Turns:
     start, length, head, tail = np.repeat(runs[order, :4], blocks, 0).T
     n = np.arange(blocks.sum()) - np.repeat(begin, blocks)
     masked = (-(-length // block) - 1 - n) * block
-    j = np.where(n < (tail - head) // block, tail - (n + 1) * block, np.where(masked < head, masked, masked - head + tail))
+    j = np.where(
+        n < (tail - head) // block, tail - (n + 1) * block, np.where(masked < head, masked, masked - head + tail)
+    )
     first, last = (start + j) // block, (start + np.minimum(j + block, length) - 1) // block
     touched = np.stack((np.ones_like(first, bool), last > first), 1).ravel()
     cell = np.stack((first, last), 1).ravel()[touched]

@@ -209,9 +209,14 @@ def test_bit_equal_from_run_to_run(kernel: Kernel, model: Model):
     takes(kernel, model)
     q, dout, pieces, scale = make_case(model, 3)
     first = attend(kernel, q, dout, pieces, scale)
-    for _ in range(50):
+    for _ in range(20):
         again = attend(kernel, q, dout, pieces, scale)
-        assert all(torch.equal(again[name], x) for name, x in first.items())
+        assert all(torch.equal(again[name], x) for name, x in first.items() if name != "dq")
+    with poisoned():
+        first = attend(kernel, q, dout, pieces, scale)
+        for _ in range(50):
+            again = attend(kernel, q, dout, pieces, scale)
+            assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
 @pytest.mark.parametrize("copies_of", ["queries", "keys"])
