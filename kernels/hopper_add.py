@@ -1,6 +1,7 @@
 """Sums in memory that many programs of the Hopper backward add to: TMA reductions, in any order or in a given one."""
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 from triton._C.libtriton import ir
 from triton.experimental import gluon

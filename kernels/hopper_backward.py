@@ -18,6 +18,7 @@ all keys of the tile. What limits the kernel is shared memory, 128 bytes a clock
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 import triton.language as tl
 from triton.experimental import gluon

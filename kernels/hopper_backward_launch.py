@@ -114,12 +114,10 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
         >>> side_by_side(8, 40 << 20, False), side_by_side(8, 40 << 20, True), side_by_side(64, 4 << 20, True)
         (1, 8, 8)
     """
-    together = section(units, bytes_each)
-    return min(
-        n
-        for n in range(1, units + 1)
-        if units % n == 0 and n >= (max(together, min(SIDE, units)) if ordered else together)
-    )
+    least = section(units, bytes_each)
+    if ordered:
+        least = max(least, min(SIDE, units))
+    return min(n for n in range(least, units + 1) if units % n == 0)
 
 
 def describable(x: Tensor) -> bool:
@@ -152,4 +150,4 @@ def layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a block lies in shared memory."""
     if len(block) == 2:  # one number per row
         return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])
+    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])  # pyright: ignore[reportReturnType]

@@ -5,6 +5,7 @@ Products are begun and waited for in the order of the lines; a wait for n leaves
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 import triton.language as tl
 from triton.experimental import gluon
