@@ -30,7 +30,7 @@ def test_in_every_cell_turns_follow_the_order_of_the_tiles(seed):
             for n, j in enumerate(walk(length, head, tail, block)):
                 cells = {(start + t) // block for t in range(j, min(j + block, length))}
                 expected = [count[cell] for cell in sorted(cells)]
-                assert turns[visits[i_run] + n].tolist() == (expected + [-1])[:2]
+                assert turns[visits[i_run] + n].tolist() == [*expected, -1][:2]
                 for cell in cells:
                     count[cell] += 1
 
