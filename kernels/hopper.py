@@ -13,13 +13,16 @@ from .portable import TritonKernel
 __all__ = ["HopperKernel"]
 
 DTYPES = (torch.bfloat16, torch.float16)
+WIDEST_BACKWARD = 128  # dK and dV of wider heads do not fit into registers
 UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
 
 
 class HopperKernel(TritonKernel):
-    """FlashAttention over segments on Hopper; the portable kernels where there is none of its own: delta, and the
-    backward of head dims beyond 128. The same inputs give the same bits but for dq, whose sums come in any order unless
-    `torch.use_deterministic_algorithms` asks for one."""
+    """The portable kernels, where there is none of its own: in the backward, for head dims over 128.
+
+    The same inputs give the same bits, but for dq: programs add to it in any order. With
+    `torch.use_deterministic_algorithms(True)` they do so in a fixed one.
+    """
 
     name = "hopper"
     caps_scores = False
@@ -46,9 +49,9 @@ class HopperKernel(TritonKernel):
         return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
-        from .hopper_backward_launch import WIDEST, backward
-
-        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
+        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST_BACKWARD:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        ordered = torch.are_deterministic_algorithms_enabled()
-        return backward(dout, q, k, v, out, lse, delta, segments, scale, dq, dk, dv, ordered)
+        from .hopper_backward_launch import backward
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, deterministic)

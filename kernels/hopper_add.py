@@ -1,6 +1,7 @@
 """Sums in memory that many programs of the Hopper backward add to: TMA reductions, in any order or in a given one."""
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -12,7 +13,7 @@ __all__ = ["await_turn", "reduce_add", "reduced", "store_spread", "viewed"]
 
 @_core.builtin
 def reduce_add(desc, coord, src, _semantic=None):
-    """TMA from shared memory that adds to what is in memory. Gluon has it as `tma.async_atomic_add` since Triton 3.8."""
+    """TMA from shared memory that adds to what is in memory: `tma.async_atomic_add` since Triton 3.8."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
 

@@ -18,6 +18,7 @@ all keys of the tile. What limits the kernel is shared memory, 128 bytes a clock
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -28,7 +29,7 @@ from .hopper_add import await_turn, reduce_add, reduced, viewed
 from .hopper_steps import narrow_block, wide_block
 from .hopper_tile import fetch, product_layout, run_at
 
-__all__ = ["gradients_kernel"]
+__all__ = ["hopper_backward_kernel"]
 
 KEYS = gl.constexpr(128)  # of a tile
 ROWS = gl.constexpr(64)  # of a step
@@ -36,7 +37,7 @@ BLOCK = gl.constexpr(128)  # rows of a block, two steps
 
 
 @gluon.jit(do_not_specialize=["CELLS"])
-def gradients_kernel(
+def hopper_backward_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, tiles, runs, visits, turns, counters, scale, CELLS,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, SHIFTS: gl.constexpr,
     ADD: gl.constexpr, ORDERED: gl.constexpr,
@@ -103,7 +104,7 @@ def load(
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
     slot, phase = 0, 1
     for i_run in range(first, end):
-        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+        start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
         odd = start % SHIFTS
         for i_h in range(head0, head0 + SHARE):
             i_row = (i_b * GROUPS * GROUP + i_h) * SHIFTS + odd
@@ -127,8 +128,8 @@ def compute(
 ):  # fmt: skip
     """One half of the tile's keys: their dK and dV, and one half of dQ of every block."""
     s_k, s_v, kv_full = keys
-    s_dq, dq_full, dq_empty = adds
-    i_b, i_g, head0, key0, first, end = place(tiles, GROUPS, GROUP, SHARE)
+    s_dq, _, dq_empty = adds
+    _, _, _, _, first, end = place(tiles, GROUPS, GROUP, SHARE)
     WIDTH: gl.constexpr = s_k.shape[1]
     SLOTS: gl.constexpr = ring[0].shape[0]
     block: gl.constexpr = wide_block if WIDTH == 128 else narrow_block
@@ -141,7 +142,7 @@ def compute(
         my_k, my_v = my_k.load(KEYS_LEFT), my_v.load(KEYS_LEFT)
     slot, phase = 0, 0
     for i_run in tl.range(first, end, disable_licm=True):
-        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+        _, length, head, tail, _, _, _, _ = run_at(runs, i_run)
         for _ in tl.range(SHARE, disable_licm=True):
             for n in tl.range(gl.cdiv(length, BLOCK), disable_licm=True):
                 mask = (n >= (tail - head) // BLOCK, runs, i_run, block_at(n, length, head, tail))
@@ -155,7 +156,7 @@ def compute(
         mbarrier.wait(dq_empty.index(part), (phase if SLOTS == 2 else slot >> 1) ^ 1)
     sums: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], gl.float32)
     s_out = viewed(s_dq, gl.float32, [2, 64, WIDTH], sums).index(HALF)
-    i_b, i_g, head0, key0, first, end = place(tiles, GROUPS, GROUP, SHARE)
+    i_b, i_g, _, key0, _, _ = place(tiles, GROUPS, GROUP, SHARE)
     put(dv, b_dv, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
     put(dk, b_dk * scale, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
 
@@ -167,11 +168,11 @@ def add(
 ):  # fmt: skip
     """The parts of dQ of every block, as they come, to the sum in memory."""
     s_dq, dq_full, dq_empty = adds
-    i_b, i_g, head0, key0, first, end = place(tiles, GROUPS, GROUP, SHARE)
+    i_b, _, head0, _, first, end = place(tiles, GROUPS, GROUP, SHARE)
     PARTS: gl.constexpr = s_dq.shape[0]
     phase = 0
     for i_run in range(first, end):
-        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+        start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
         for i_h in range(head0, head0 + SHARE):
             if ORDERED:
                 p_turn = turns + 2 * gl.load(visits + i_run)

@@ -10,16 +10,15 @@ from torch.nn.functional import pad
 from triton.experimental.gluon import language as gl
 
 from .hopper_arguments import NARROWEST, TYPES, CheckedDescriptor, processors
-from .hopper_backward import gradients_kernel
+from .hopper_backward import hopper_backward_kernel
 from .segments import Segments
 from .tiles import Work, key_tiles
 from .triton_arguments import block_width, describe
 from .triton_launch import MOST_TILES, launch, positive, section
 from .turns import Turns, turns_of
 
-__all__ = ["WIDEST", "backward"]
+__all__ = ["backward"]
 
-WIDEST = 128  # head dim; dK and dV of wider ones do not fit into registers
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
 
@@ -29,7 +28,6 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     delta: Tensor,
     segments: Segments,
@@ -39,7 +37,7 @@ def backward(
     dv: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Kernel.backward`, for bfloat16 and float16 and head dims up to `WIDEST`.
+    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     A fresh dq has its heads before its rows in memory: adding to it touches fewer pages.
@@ -71,7 +69,7 @@ def backward(
     sums = [x if describable(x) else x.contiguous() for x in (dq, dk, dv)]
     side = side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
     launch(
-        gradients_kernel,
+        hopper_backward_kernel,
         q.device,
         (side * shares, tiles, units // side),
         (
@@ -116,12 +114,10 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
         >>> side_by_side(8, 40 << 20, False), side_by_side(8, 40 << 20, True), side_by_side(64, 4 << 20, True)
         (1, 8, 8)
     """
-    together = section(units, bytes_each)
-    return min(
-        n
-        for n in range(1, units + 1)
-        if units % n == 0 and n >= (max(together, min(SIDE, units)) if ordered else together)
-    )
+    least = section(units, bytes_each)
+    if ordered:
+        least = max(least, min(SIDE, units))
+    return min(n for n in range(least, units + 1) if units % n == 0)
 
 
 def describable(x: Tensor) -> bool:
@@ -154,4 +150,4 @@ def layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a block lies in shared memory."""
     if len(block) == 2:  # one number per row
         return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])
+    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])  # pyright: ignore[reportReturnType]

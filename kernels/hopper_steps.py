@@ -5,6 +5,7 @@ Products are begun and waited for in the order of the lines; a wait for n leaves
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -132,7 +133,7 @@ def hidden(b_p, mask, ROW, HALF: gl.constexpr):
     one comparison for every key, unsigned."""
     masked, runs, i_run, j = mask
     if masked:
-        start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+        _, length, _, _, shift, low, high, window = run_at(runs, i_run)
         key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, b_p.type.layout))
         first_row = key - shift - j - ROW
         end = gl.maximum(length - j - ROW - first_row, 0)

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ringattn.kernels import hopper_forward_launch, triton_launch
+from ringattn.kernels import hopper_backward_launch, hopper_forward_launch, triton_launch
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tuning import LONG
 from tests.aot import sass
@@ -83,6 +83,10 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
     if architecture == "sm_90":
         hopper_forward_launch.forward(q, k, v, segments, 0.1, None, dtype)
         hopper_forward_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
+        for deterministic in (False, True):
+            inputs = (dout, q, k, v, lse, delta, segments, 0.1)
+            hopper_backward_launch.backward(*inputs, None, None, None, deterministic)
+            hopper_backward_launch.backward(*inputs, dq, dk, dv, deterministic)
 
 
 def report(kernel) -> dict:

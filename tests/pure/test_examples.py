@@ -14,6 +14,7 @@ MODULES = [
     "ringattn.kernels.merge",
     "ringattn.kernels.segments",
     "ringattn.kernels.tiles",
+    "ringattn.kernels.turns",
     "ringattn.launch.packing",
     "ringattn.layout",
     "ringattn.mask",
