@@ -73,15 +73,23 @@ def dot_rows(b_a, b_b, PRECISION: tl.constexpr):
     """[M, N]: every row of a [M, D] times every row of b [N, D].
 
     In fp32 products are summed one after the other, and the rounding errors of such a chain grow with its length: a
-    wide product is the sum of two halves.
+    wide product is the sum of four quarters.
     """
     if b_a.dtype == tl.float32 and b_a.shape[1] > 128:
         b_a0, b_a1 = halves(b_a)
         b_b0, b_b1 = halves(b_b)
-        first = tl.dot(b_a0, tl.trans(b_b0), input_precision=PRECISION)
-        return first + tl.dot(b_a1, tl.trans(b_b1), input_precision=PRECISION)
+        return dot_halves(b_a0, b_b0, PRECISION) + dot_halves(b_a1, b_b1, PRECISION)
     else:
         return tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+
+
+@triton.jit
+def dot_halves(b_a, b_b, PRECISION: tl.constexpr):
+    """`dot_rows` as the sum of two halves."""
+    b_a0, b_a1 = halves(b_a)
+    b_b0, b_b1 = halves(b_b)
+    first = tl.dot(b_a0, tl.trans(b_b0), input_precision=PRECISION)
+    return first + tl.dot(b_a1, tl.trans(b_b1), input_precision=PRECISION)
 
 
 @triton.jit

@@ -124,7 +124,7 @@ class OursAcross(Across):
     def expects(self, x: Inputs, case: Case, which: str) -> dict[str, Any]:
         ranks = ranks_named(group_name(None))
         plan = make_plan(self.layout, case.seq_len, ranks.size, **case.mask)
-        choice = choose(ranks, plan, x.q, x.k, x.v, self.kernel, self.executor)
+        choice = choose(ranks, plan, x.q, x.k, x.v, KERNELS[self.kernel], self.executor)
         chosen = choice.executor, choice.schedule
         own = next((each for each in choice.predictions if (each.executor, each.schedule) == chosen), None)
         seconds = own and (own.forward if which == "forward" else own.total)
