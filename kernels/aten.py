@@ -90,6 +90,7 @@ class AtenKernel:
 
     name = "aten"
     reads_delta = False  # torch's backward derives delta from out and dout itself
+    caps_scores = False
     row_delta = staticmethod(row_delta)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -7,24 +7,23 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype
+from .interface import Arrival, accumulate_dtype
 from .portable import TritonKernel
 
 __all__ = ["HopperKernel"]
 
 DTYPES = (torch.bfloat16, torch.float16)
-WIDEST_BACKWARD = 128  # dK and dV of wider heads do not fit into registers
 UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
 
 
 class HopperKernel(TritonKernel):
-    """The portable kernels, where there is none of its own: in the backward, for head dims over 128.
-
-    The same inputs give the same bits, but for dq: programs add to it in any order. With
-    `torch.use_deterministic_algorithms(True)` they do so in a fixed one.
-    """
+    """FlashAttention over segments on Hopper; the portable kernels where there is none of its own: delta, and the
+    backward of head dims beyond 128. The same inputs give the same bits but for dq, whose sums come in any order unless
+    `torch.use_deterministic_algorithms` asks for one."""
 
     name = "hopper"
+    caps_scores = False
+    waits = True  # forward takes an `Arrival`
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if find_spec("triton") is None:
@@ -41,18 +40,15 @@ class HopperKernel(TritonKernel):
             return "it needs compute capability 9.0, got {}.{}".format(*torch.cuda.get_device_capability(q.device))
         return None
 
-    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None):
-        if not segments:
-            return super().forward(q, k, v, segments, scale=scale, running=running, out_dtype=out_dtype)
+    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None, arrival: Arrival | None = None):
         from .hopper_forward_launch import forward
 
-        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q))
+        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
-        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST_BACKWARD:
-            rest = {"scale": scale, "dq": dq, "dk": dk, "dv": dv}
-            return super().backward(dout, q, k, v, out, lse, delta, segments, **rest)
-        from .hopper_backward_launch import backward
+        from .hopper_backward_launch import WIDEST, backward
 
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, deterministic)
+        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
+            return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
+        ordered = torch.are_deterministic_algorithms_enabled()
+        return backward(dout, q, k, v, out, lse, delta, segments, scale, dq, dk, dv, ordered)

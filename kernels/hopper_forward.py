@@ -16,6 +16,7 @@ Names as in `triton_forward`; smem: buffers in shared memory; full, empty: their
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportCallIssue=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,7 +41,7 @@ TWO = gl.constexpr(256)  # threads at such a barrier: one warpgroup that waits, 
 @gluon.jit(do_not_specialize=["LENGTH", "TILES", "SIDE", "TOTAL", "EPOCH", "SLOT", "PATIENCE"])
 def hopper_forward_kernel(
     q, k, v, out, lse, before, tiles, runs, scale, LENGTH, TILES, SIDE, TOTAL,
-    flags, error, EPOCH, SLOT, PATIENCE: "i64",  # noqa: F821
+    flags, error, EPOCH, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
     out_strides, lse_strides, before_strides,
     HEADS: gl.constexpr, GROUP: gl.constexpr, E: gl.constexpr,
     PARTS: gl.constexpr, BUFFERS: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, KEEP: gl.constexpr,

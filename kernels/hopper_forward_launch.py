@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .hopper_arguments import NARROWEST, described, processors
 from .hopper_forward import hopper_forward_kernel
-from .interface import nothing_seen
+from .interface import Arrival, nothing_seen
 from .segments import Segments
 from .tiles import query_tiles
 from .triton_arguments import strides
 from .triton_launch import launch, lower, positive, section
 from .tuning import Tiling, architecture, tiling_for
 
-__all__ = ["Arrival", "forward"]
+__all__ = ["forward"]
 
 ROWS = 64  # of a tile, that a warpgroup owns
 REGISTERS = {2: (240, 168), 3: (160, 128)}  # by warpgroups: for each thread of theirs, and when the program starts
-
-
-class Arrival(NamedTuple):
-    """Keys and values that arrive while the kernel runs: it reads keys of a source only once their flag has come.
-
-    flags: int32 [sources, G], on the device. Keys from `slot` * i on are the i-th source's, and its key/value head g is
-        there as soon as flags[i, g] has reached `epoch` (may wrap around).
-    patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes
-        1 + i * G + g, no flag is waited for any longer, and all of out and lse that is computed from then on is NaN.
-    """
-
-    flags: Tensor
-    epoch: int
-    slot: int
-    patience_ns: int
-    error: Tensor
 
 
 def forward(

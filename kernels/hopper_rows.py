@@ -5,6 +5,7 @@ Heads are counted through all sequences: head h of sequence b is i_bh = b HEADS 
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportCallIssue=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -20,21 +20,24 @@ and gradients likewise, because with the *global* lse and delta each piece's dq,
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Arrival", "Kernel", "accumulate_dtype", "nothing_seen", "row_delta"]
+__all__ = ["Arrival", "Capped", "Kernel", "accumulate_dtype", "nothing_seen", "row_delta"]
 
 
 class Arrival(NamedTuple):
-    """Keys that are still coming while the kernel runs: it looks at key m of head g only once
-    `flags[m // slot, g] >= epoch`. Only a kernel that says so in `waits` takes this.
+    """Keys and values that arrive while the kernel runs: it reads keys of a source only once their flag has come. Only
+    a kernel that says so in `waits` takes this.
 
-    flags [sources, G] int32; error int32 [1], which the kernel sets when it has waited so long.
+    flags: int32 [sources, G], on the device. Keys from `slot` * i on are the i-th source's, and its key/value head g is
+        there as soon as flags[i, g] has reached `epoch` (may wrap around).
+    patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes
+        1 + i * G + g, no flag is waited for any longer, and all of out and lse that is computed from then on is NaN.
     """
 
     flags: Tensor
@@ -49,6 +52,7 @@ class Kernel(Protocol):
 
     name: str
     reads_delta: bool  # False: derives it from out and dout, so a gradient of lse cannot reach it
+    caps_scores: bool  # whether forward and backward also take `softcap`: see `Capped`
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot run on such inputs, or None if it can."""
@@ -110,6 +114,26 @@ class Kernel(Protocol):
             dq, dk, dv: running sums to add to, in place. One that is None starts from zero.
         """
         ...
+
+
+class Capped:
+    """A kernel whose scores are capped, softcap * tanh(scale q k / softcap), for callers that need not know."""
+
+    caps_scores = True
+
+    def __init__(self, kernel: Kernel, softcap: float):
+        if not kernel.caps_scores:
+            raise NotImplementedError(f"kernel={kernel.name!r} does not cap scores; use kernel='auto'")
+        self.kernel: Any = kernel  # its methods take one argument more
+        self.softcap = softcap
+        self.name, self.reads_delta = kernel.name, kernel.reads_delta
+        self.refuses, self.row_delta = kernel.refuses, kernel.row_delta
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return self.kernel.forward(*arguments, **options, softcap=self.softcap)
+
+    def backward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self.kernel.backward(*arguments, **options, softcap=self.softcap)
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:

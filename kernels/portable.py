@@ -22,6 +22,7 @@ class TritonKernel:
 
     name = "triton"
     reads_delta = True
+    caps_scores = True
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if find_spec("triton") is None:
@@ -36,21 +37,21 @@ class TritonKernel:
             return "it needs compute capability 8.0, got {}.{}".format(*torch.cuda.get_device_capability(q.device))
         return None
 
-    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None):
+    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None, softcap=0.0):
         from .triton_launch import forward
 
         out_dtype = out_dtype or accumulate_dtype(q)
         if not segments:
             out, lse = running or nothing_seen(q, v)
             return out.to(out_dtype), lse
-        return forward(q, k, v, segments, scale, running, out_dtype)
+        return forward(q, k, v, segments, scale, running, out_dtype, softcap)
 
     def row_delta(self, dout, out):
         from .triton_launch import row_delta
 
         return row_delta(dout, out)
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, softcap=0.0):
         from .triton_launch import key_gradients, query_gradients
 
         if not segments:
@@ -58,5 +59,5 @@ class TritonKernel:
                 x.new_zeros(x.shape, dtype=accumulate_dtype(x)) if total is None else total
                 for x, total in ((q, dq), (k, dk), (v, dv))
             )
-        dk, dv = key_gradients(dout, q, k, v, lse, delta, segments, scale, dk, dv)
-        return query_gradients(dout, q, k, v, lse, delta, segments, scale, dq), dk, dv
+        dk, dv = key_gradients(dout, q, k, v, lse, delta, segments, scale, dk, dv, softcap)
+        return query_gradients(dout, q, k, v, lse, delta, segments, scale, dq, softcap), dk, dv

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .aten import AtenKernel, CudnnKernel
 from .hopper import HopperKernel
-from .interface import Kernel
+from .interface import Capped, Kernel
 from .portable import TritonKernel
 from .reference import ReferenceKernel
 
@@ -26,26 +26,32 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_kernel(name: str, q: Tensor, k: Tensor, v: Tensor) -> Choice:
-    """The kernel called `name`, or for "auto" the preferred one. Depends on device, dtype and head dims only,
-    never on lengths, so that every rank of a group chooses alike.
+def choose_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0) -> Choice:
+    """The kernel called `name`, or for "auto" the preferred one; it caps scores at `softcap`, unless that is 0. Depends
+    on device, dtype, head dims and softcap only, never on lengths, so that every rank of a group chooses alike.
 
     Raises:
         ValueError: no kernel has that name.
         NotImplementedError: the kernel asked for by name cannot take these inputs; there is no silent fallback.
     """
+
+    def refusal(kernel: Kernel) -> str | None:
+        return "it does not cap scores" if softcap and not kernel.caps_scores else kernel.refuses(q, k, v)
+
+    def chosen(kernel: Kernel, reason: str) -> Choice:
+        return Choice(Capped(kernel, softcap) if softcap else kernel, reason)
+
     if name == "auto":
         passed_over = []
         for candidate in PREFERENCE:
-            refusal = KERNELS[candidate].refuses(q, k, v)
-            if refusal is None:
-                reason = f"first choice on {q.device.type}" if not passed_over else "; ".join(passed_over)
-                return Choice(KERNELS[candidate], reason)
-            passed_over.append(f"{candidate} refused: {refusal}")
+            refused = refusal(KERNELS[candidate])
+            if refused is None:
+                return chosen(KERNELS[candidate], "; ".join(passed_over) or f"first choice on {q.device.type}")
+            passed_over.append(f"{candidate} refused: {refused}")
         raise AssertionError("the reference kernel refuses nothing")
     if name not in KERNELS:
         raise ValueError(f"got kernel={name!r}; choose one of {', '.join(('auto', *KERNELS))}")
-    refusal = KERNELS[name].refuses(q, k, v)
-    if refusal is not None:
-        raise NotImplementedError(f"kernel={name!r} cannot take these inputs: {refusal}; use kernel='auto'")
-    return Choice(KERNELS[name], "asked for by name")
+    refused = refusal(KERNELS[name])
+    if refused is not None:
+        raise NotImplementedError(f"kernel={name!r} cannot take these inputs: {refused}; use kernel='auto'")
+    return chosen(KERNELS[name], "asked for by name")

@@ -16,10 +16,13 @@ sees are never listed, so nothing is computed and thrown away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any, NamedTuple, TypeVar
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, overload
 
-__all__ = ["NO_WINDOW", "Segment", "Segments"]
+import numpy as np
+
+__all__ = ["NO_WINDOW", "Segment", "Segments", "canonical_table", "count_pairs"]
 
 T = TypeVar("T")
 NO_WINDOW = 1 << 30  # longer than any sequence, and sums with a position still fit in 32 bits
@@ -95,22 +98,92 @@ class Segment(NamedTuple):
         return partial * first + partial * (partial - 1) // 2 + (rows - partial) * self.k_len
 
 
-class Segments(tuple[Segment, ...]):
+class Segments(Sequence[Segment]):
     """An immutable list of segments that remembers what kernels derive from it.
 
-    Lowering a list to tiles and moving it to a device costs more than a launch, and plans are reused by
-    every layer and step; `derive` does it once per list.
+    Packed documents are segments by the ten thousand, so the list is an array, and its elements are made when asked
+    for. Lowering a list to tiles and moving it to a device costs more than a launch, and plans are reused by every
+    layer and step; `derive` does it once per list.
+
+    Attributes:
+        table (np.ndarray): int64 [N, 6], a row per segment, read-only.
     """
 
-    _derived: dict[Hashable, Any]
+    def __init__(self, segments: Iterable[Segment] | np.ndarray = ()):
+        if not isinstance(segments, np.ndarray):
+            segments = np.array([*map(tuple, segments)], np.int64).reshape(-1, len(Segment._fields))
+        self.table = segments.view()
+        self.table.flags.writeable = False
+        self._derived: dict[Hashable, Any] = {}
 
-    def __new__(cls, segments: Iterable[Segment] = ()) -> Segments:
-        self = super().__new__(cls, segments)
-        self._derived = {}
-        return self
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of all segments.
+
+        Example:
+            >>> Segments([Segment(0, 3, 0, 4, 1), Segment(0, 3, 0, 4, 1, window=2)]).pairs
+            15
+        """
+        return int(count_pairs(self.table).sum())
 
     def derive(self, key: Hashable, build: Callable[[Segments], T]) -> T:
         """What `build` makes of this list, made once per `key`."""
         if key not in self._derived:
             self._derived[key] = build(self)
         return self._derived[key]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Segments: ...
+
+    def __getitem__(self, index: int | slice) -> Segment | Segments:
+        if isinstance(index, slice):
+            return Segments(self.table[index])
+        return Segment(*self.table[index].tolist())
+
+    def __iter__(self) -> Iterator[Segment]:
+        return itertools.starmap(Segment, self.table.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Segments) and np.array_equal(self.table, other.table)
+
+    def __hash__(self) -> int:
+        return hash(self.table.tobytes())
+
+    def __repr__(self) -> str:
+        return f"Segments({list(self)})"
+
+
+def canonical_table(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`Segment.canonical` of every row of a table [N, 6], empty ones left out, and which rows are left. Columns are
+    contiguous, because work goes by columns."""
+    q_start, q_len, k_start, k_len, offset, window = table.T
+    blind = np.maximum(-offset, 0)
+    q_start, q_len, offset = q_start + blind, q_len - blind, offset + blind
+    unseen = np.maximum(offset - window + 1, 0)
+    k_start, k_len, offset = k_start + unseen, k_len - unseen, offset - unseen
+    q_len = np.minimum(q_len, k_len + window - 1 - offset)
+    k_len = np.minimum(k_len, q_len + offset)
+    hides = q_len - 1 + offset >= window
+    excess = np.maximum(offset - (k_len - 1), 0)
+    columns = (q_start, q_len, k_start, k_len, offset - excess, np.where(hides, window - excess, NO_WINDOW))
+    left = ((q_len > 0) & (k_len > 0) & (window > 0)).nonzero()[0]
+    return np.stack(columns)[:, left].T, left
+
+
+def count_pairs(table: np.ndarray) -> np.ndarray:
+    """`Segment.pairs` of every row of a table [N, 6]."""
+    _, q_len, _, k_len, offset, window = table.T
+
+    def up_to(offset: np.ndarray) -> np.ndarray:
+        blind = np.clip(-offset, 0, q_len)
+        rows, first = q_len - blind, offset + blind + 1
+        partial = np.clip(k_len - first, 0, rows)
+        return partial * first + partial * (partial - 1) // 2 + (rows - partial) * k_len
+
+    return up_to(offset) - up_to(offset - window)

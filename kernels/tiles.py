@@ -18,13 +18,12 @@ holds what they would write leaves them out.
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .segments import NO_WINDOW, Segments
+from .segments import NO_WINDOW, Segments, canonical_table
 
 __all__ = ["Work", "key_tiles", "query_tiles"]
 
@@ -58,7 +57,7 @@ def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int)
         >>> work.runs[:, :7].tolist()
         [[0, 8, 0, 4, 4, 0, 4], [0, 12, 0, 8, 8, 0, 4]]
     """
-    q_start, q_len, k_start, k_len, offset, window = canonical(segments)
+    q_start, q_len, k_start, k_len, offset, window = canonical_table(segments.table)[0].T
     segment, tile, first, low, high = cross(q_start, q_len, block_rows)
     shift, window = first - q_start[segment] + offset[segment], window[segment]
     from_first, from_last = (np.maximum(row + shift - window + 1, 0) for row in (low, high - 1))
@@ -80,7 +79,7 @@ def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -
         >>> work.runs[:, :7].tolist()
         [[0, 8, 0, 8, 4, 0, 4], [0, 8, 4, 8, 0, 0, 4], [4, 4, 4, 4, 0, 0, 4]]
     """
-    q_start, q_len, k_start, k_len, offset, window = canonical(segments)
+    q_start, q_len, k_start, k_len, offset, window = canonical_table(segments.table)[0].T
     segment, tile, first, low, high = cross(k_start, k_len, block_keys)
     shift, window = offset[segment] - (first - k_start[segment]), window[segment]
     from_first, from_last = (np.maximum(key - shift, 0) for key in (low, high - 1))
@@ -103,22 +102,6 @@ def middle(last_begins: np.ndarray, first_ends: np.ndarray, covered: np.ndarray,
     head = -(-last_begins // step) * step
     blocks = np.where(covered, np.maximum(first_ends - head, 0) // step, 0)
     return head, head + blocks * step
-
-
-def canonical(segments: Segments) -> np.ndarray:
-    """The columns of the segments in canonical form (`Segment.canonical`), empty ones left out: int64 [6, S]."""
-    flat = np.fromiter(chain.from_iterable(segments), np.int64, 6 * len(segments))
-    q_start, q_len, k_start, k_len, offset, window = flat.reshape(-1, 6).T
-    blind = np.maximum(-offset, 0)
-    q_start, q_len, offset = q_start + blind, q_len - blind, offset + blind
-    unseen = np.maximum(offset - window + 1, 0)
-    k_start, k_len, offset = k_start + unseen, k_len - unseen, offset - unseen
-    q_len = np.minimum(q_len, k_len + window - 1 - offset)
-    k_len = np.minimum(k_len, q_len + offset)
-    hides = q_len - 1 + offset >= window
-    excess = np.maximum(offset - (k_len - 1), 0)
-    columns = np.stack((q_start, q_len, k_start, k_len, offset - excess, np.where(hides, window - excess, NO_WINDOW)))
-    return columns[:, (q_len > 0) & (k_len > 0) & (window > 0)]
 
 
 def cross(start: np.ndarray, length: np.ndarray, block: int) -> tuple[np.ndarray, ...]:

@@ -4,6 +4,8 @@ With the final lse and delta = rowsum(dO * O) every block stands for itself (arX
 
     P = exp(scale Q K^T - lse)    dS = P (dO V^T - delta)    dV = P^T dO    dK = scale dS^T Q    dQ = scale dS K
 
+With a cap on scores, s = cap tanh(scale q k / cap), dS takes the factor 1 - (s / cap)^2 as well.
+
 A program of `key_gradients_kernel` owns one tile of one key/value head, walks the rows that see it and takes the
 query heads that share the head in turn; a program of `query_gradients_kernel` owns one tile of query rows and walks
 keys. Nobody else writes to a tile and every sum has a fixed order, so results are bit-equal run to run. The price is
@@ -19,7 +21,7 @@ operand. Names as in `triton_forward.py`.
 import triton
 import triton.language as tl
 
-from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at, scores
 
 __all__ = ["delta_kernel", "key_gradients_kernel", "query_gradients_kernel"]
 
@@ -48,7 +50,7 @@ def key_gradients_kernel(
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    ADD: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `tiles`; lse and delta are contiguous [B, H, ROWS]."""
     i_tile, i_b, i_g = locate(HEADS // GROUP)
@@ -58,7 +60,7 @@ def key_gradients_kernel(
     v = head_of(v, v_strides, i_b, i_g)
     lse += i_b.to(tl.int64) * HEADS * ROWS
     delta += i_b.to(tl.int64) * HEADS * ROWS
-    scale_log2 = scale * LOG2E
+    scale_log2 = (CAP if CAP > 0 else scale) * LOG2E
 
     o_row = tl.arange(0, BLOCK_ROWS)
     o_key = tl.arange(0, BLOCK_KEYS)
@@ -81,7 +83,7 @@ def key_gradients_kernel(
                 b_q = load_block(q_head, q_strides, i_b, i_h, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
                 b_do = load_block(dout_head, dout_strides, i_b, i_h, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
                 b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
-                b_s = dot_rows(b_k, b_q, PRECISION)
+                b_s = scores(b_k, b_q, scale, CAP, PRECISION)
                 b_dp = dot_rows(b_v, b_do, PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
                 if MASKED:
@@ -91,6 +93,8 @@ def key_gradients_kernel(
                 b_dv = add_dot(b_dv, b_p.to(b_do.dtype), b_do, PRECISION)
                 b_delta = load_rows(delta + i_h.to(tl.int64) * ROWS + start + j, valid, 0.0, BLOCK_ROWS)
                 b_ds = b_p * (b_dp - b_delta[None, :])
+                if CAP > 0:
+                    b_ds *= 1.0 - b_s * b_s
                 b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
 
     o_d = tl.arange(0, BLOCK_D)
@@ -108,7 +112,7 @@ def query_gradients_kernel(
     q_strides, k_strides, v_strides, dout_strides, dq_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    ADD: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of every tile in `tiles`; lse and delta are contiguous [B, H, ROWS]."""
     i_tile, i_b, i_h = locate(HEADS)
@@ -121,7 +125,7 @@ def query_gradients_kernel(
     dout = head_of(dout, dout_strides, i_b, i_h)
     lse += (i_b.to(tl.int64) * HEADS + i_h) * ROWS
     delta += (i_b.to(tl.int64) * HEADS + i_h) * ROWS
-    scale_log2 = scale * LOG2E
+    scale_log2 = (CAP if CAP > 0 else scale) * LOG2E
 
     o_row = tl.arange(0, BLOCK_ROWS)
     b_q = load_block(q, q_strides, i_b, i_h, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
@@ -134,7 +138,7 @@ def query_gradients_kernel(
         for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
             b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
-            b_s = dot_rows(b_q, b_k, PRECISION)
+            b_s = scores(b_q, b_k, scale, CAP, PRECISION)
             b_dp = dot_rows(b_do, b_v, PRECISION)
             b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
             if (j < head) | (j >= tail):
@@ -144,6 +148,8 @@ def query_gradients_kernel(
                 if WINDOW:
                     b_p = tl.where(o_key > (o_row + shift - window - j)[:, None], b_p, 0.0)
             b_ds = b_p * (b_dp - b_delta[:, None])
+            if CAP > 0:
+                b_ds *= 1.0 - b_s * b_s
             b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
 
     o_d = tl.arange(0, BLOCK_D)

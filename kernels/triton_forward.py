@@ -7,6 +7,9 @@ maximum m and sum l of the exponentials (base 2, the scale folded into the expon
 
     out = acc / l            lse = ln 2 (m + log2 l)
 
+With a cap on scores, S = tanh(scale Q K^T / cap) and cap is the scale. A model has one cap, so kernels are compiled
+for it.
+
 Rows are split between warps and keys are not, so warps never exchange partial results (arXiv:2307.08691, section
 3.3). A running pair (out, lse) to merge with is where a row starts: acc = out, m = lse / ln 2, l = 1; all in fp32.
 
@@ -19,7 +22,7 @@ batch, length and heads, or None where x is a tensor descriptor.
 import triton
 import triton.language as tl
 
-from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at
+from .triton_tile import add_dot, head_of, last_key_seen, load_block, locate, run_at, scores
 
 __all__ = ["forward_kernel"]
 
@@ -34,7 +37,7 @@ def forward_kernel(
     q_strides, k_strides, v_strides, out_strides, lse_strides, before_strides,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    MERGE: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse of every tile in `tiles`; with MERGE, `before` and `lse` hold what was seen before."""
     i_tile, i_b, i_h = locate(HEADS)
@@ -44,7 +47,7 @@ def forward_kernel(
     q = head_of(q, q_strides, i_b, i_h)
     k = head_of(k, k_strides, i_b, i_g)
     v = head_of(v, v_strides, i_b, i_g)
-    scale_log2 = scale * LOG2E
+    scale_log2 = (CAP if CAP > 0 else scale) * LOG2E
 
     b_q = load_block(q, q_strides, i_b, i_h, row0, ROWS - row0, D, BLOCK_ROWS, BLOCK_D)
     o_row = tl.arange(0, BLOCK_ROWS)
@@ -67,7 +70,7 @@ def forward_kernel(
         start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
         for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
-            b_s = dot_rows(b_q, b_k, PRECISION)
+            b_s = scores(b_q, b_k, scale, CAP, PRECISION)
             if (j < head) | (j >= tail):
                 o_key = tl.arange(0, BLOCK_KEYS)[None, :]
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)

@@ -36,6 +36,7 @@ def forward(
     scale: float,
     running: tuple[Tensor, Tensor] | None,
     out_dtype: torch.dtype,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`Kernel.forward`."""
     q, k, v = addressable(q), addressable(k), addressable(v)
@@ -62,6 +63,7 @@ def forward(
         constants(tiling, heads, groups, d, e),
         MERGE=running is not None,
         WINDOW=work.windowed,
+        CAP=softcap,
         PRECISION=precision(q.dtype),
     )
     return out, lse
@@ -94,6 +96,7 @@ def key_gradients(
     scale: float,
     dk: Tensor | None,
     dv: Tensor | None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of `Kernel.backward`."""
     dout, q, k, v = addressable(dout), addressable(q), addressable(k), addressable(v)
@@ -115,6 +118,7 @@ def key_gradients(
         constants(tiling, heads, groups, d, e),
         ADD=add,
         WINDOW=work.windowed,
+        CAP=softcap,
         PRECISION=precision(q.dtype),
     )
     return dk, dv
@@ -130,6 +134,7 @@ def query_gradients(
     segments: Segments,
     scale: float,
     dq: Tensor | None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """dq of `Kernel.backward`."""
     dout, q, k, v = addressable(dout), addressable(q), addressable(k), addressable(v)
@@ -151,6 +156,7 @@ def query_gradients(
         constants(tiling, heads, groups, d, e),
         ADD=add,
         WINDOW=work.windowed,
+        CAP=softcap,
         PRECISION=precision(q.dtype),
     )
     return dq
@@ -163,7 +169,7 @@ def launch(
     operands: tuple,
     steps: tuple[tuple[int, ...] | None, ...],
     constants: dict[str, int],
-    **more: bool | str,
+    **more: bool | str | float,
 ) -> None:
     """Starts a kernel. Integers that only say how long something is are not specialised on, strides are: blocks are
     read 16 bytes at a time where strides allow it."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import torch
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
@@ -28,6 +29,7 @@ from ringattn.layout import LAYOUTS
 from . import entry
 from .gang import Place
 from .oracle import Case, Result, allowed_error, attend_across_ranks, attend_on_one_rank, error, exact, make_inputs
+from .packing import log_normal_lengths
 from .records import append_records, circumstances
 from .report import markdown
 from .settings import Parallel, require, require_one_of
@@ -35,7 +37,7 @@ from .settings import Parallel, require, require_one_of
 __all__ = ["Check", "check"]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MASKS = {"causal": True, "none": False}
+MASKS = ("causal", "none", "window", "packed")
 SHAPE = ("batch", "seq_len", "q_heads", "kv_heads", "head_dim")
 COLUMNS = ["layout", "mask", "dtype", "kernel", "part", "error", "allowed", "result"]
 
@@ -81,7 +83,7 @@ def check(config: DictConfig, folder: Path, place: Place) -> dict[str, Any]:
         how = chosen.parallel
         cp = ringattn.ContextParallel(None, layout=layout, kernel=how.kernel, executor=how.executor)
         shape = {key: getattr(chosen, key) for key in SHAPE}
-        case = Case(**shape, causal=MASKS[mask], dtype=DTYPES[dtype])
+        case = Case(**shape, **mask_fields(mask, chosen.seq_len), dtype=DTYPES[dtype])
         inputs = make_inputs(case, chosen.seed, place.device)
         got = attend_across_ranks(cp, case, inputs)
         if place.rank == 0:
@@ -93,6 +95,17 @@ def check(config: DictConfig, folder: Path, place: Place) -> dict[str, Any]:
     if place.rank == 0:
         report(chosen, rows, failed, place)
     return {"failed": over_all(failed, place)}
+
+
+def mask_fields(name: str, seq_len: int) -> dict[str, Any]:
+    """What a `Case` is told of a mask: windows and documents an eighth of the sequence long, documents on average."""
+    eighth = max(seq_len // 8, 1)
+    if name == "window":
+        return {"window": eighth}
+    if name == "packed":
+        lengths = log_normal_lengths(np.random.default_rng(0), seq_len, eighth, seq_len, 1.0)
+        return {"documents": (0, *np.cumsum(lengths).tolist())}
+    return {"causal": name == "causal"}
 
 
 def compare(got: Result, right: Result, alone: Result) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
     files -> train.bin, validation.bin   each file followed by one END byte; whole files go to one of the two
     (seed, step) -> offsets -> windows   the same global batch whatever the number of ranks
+    (seed, step) -> lengths, offsets -> documents packed end to end, where data.document_mean asks for them
 
 Nothing but the step has to be remembered to continue a run. The two files are made once per content, next to
 each other in a cache, and memory-mapped by every rank.
@@ -17,18 +18,30 @@ import tempfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import settings
+from ringattn import next_token_labels
+from ringattn.documents import IGNORED
 
-__all__ = ["END", "IGNORED", "VOCABULARY", "Corpus"]
+from . import settings
+from .packing import log_normal_lengths
+
+__all__ = ["END", "IGNORED", "VOCABULARY", "Batch", "Corpus"]
 
 VOCABULARY = 256
-END = 0  # between files; does not occur in text
-IGNORED = -100  # label that carries no loss: what follows END is another file, which nothing could predict
+END = 0  # between files; does not occur in text. What follows is another file, which nothing could predict: IGNORED
+
+
+class Batch(NamedTuple):
+    """Inputs and labels of one step, [B, S] int64, and where its documents begin, if it is packed."""
+
+    ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None = None
 
 
 class Corpus:
@@ -44,6 +57,9 @@ class Corpus:
         home = Path(chosen.cache).expanduser() if chosen.cache else default_cache()
         self.folder = folder
         self.seq_len, self.rows = chosen.seq_len, chosen.batch
+        self.packing = None
+        if chosen.document_mean is not None:
+            self.packing = chosen.document_mean, chosen.document_longest, chosen.document_spread
         built = prepare(find(folder, chosen), folder, chosen.validation_share, home)
         self.digest: str = json.loads((built / "content.json").read_text())["digest"]
         self._bytes = {name: np.memmap(built / f"{name}.bin", np.uint8, "r") for name in ("train", "validation")}
@@ -55,8 +71,8 @@ class Corpus:
                     "give more text, a shorter seq_len or another data.validation_share"
                 )
 
-    def batch(self, seed: int, step: int, split: str = "train", rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of one step, [B, S] int64, or some of its rows.
+    def batch(self, seed: int, step: int, split: str = "train", rows: slice = slice(None)) -> Batch:
+        """One step, or some of its rows.
 
         Labels are the inputs shifted by one, made here, before anything is cut across ranks: the label of a
         shard's last token may lie in another rank's shard.
@@ -65,12 +81,29 @@ class Corpus:
             A window `a b END c` of S = 3 gives inputs `a b END` and labels `b END IGNORED`.
         """
         draw = np.random.default_rng((seed, step))
+        if self.packing is not None:
+            return self.packed(draw, split, rows)
         starts = draw.integers(0, self.sizes[split] - self.seq_len, size=self.rows)[rows]
         content = self._bytes[split]
         windows = np.stack([content[start : start + self.seq_len + 1] for start in starts])
         tokens = torch.from_numpy(windows).long()
         ids, labels = tokens[:, :-1], tokens[:, 1:]
-        return ids, labels.masked_fill(ids == END, IGNORED)
+        return Batch(ids, labels.masked_fill(ids == END, IGNORED))
+
+    def packed(self, draw: np.random.Generator, split: str, rows: slice) -> Batch:
+        """Stretches of the text as documents, all rows of a step cut alike; a document's last token has no label."""
+        assert self.packing is not None
+        lengths = log_normal_lengths(draw, self.seq_len, *self.packing)
+        content = self._bytes[split]
+        starts = draw.integers(0, self.sizes[split] - lengths, size=(self.rows, len(lengths)))[rows]
+        texts = [
+            np.concatenate([content[start : start + length] for start, length in zip(row, lengths, strict=True)])
+            for row in starts
+        ]
+        cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
+        ids = torch.from_numpy(np.stack(texts)).long()
+        labels = next_token_labels(ids, cu_seqlens, IGNORED)
+        return Batch(ids, labels.masked_fill(ids == END, IGNORED), cu_seqlens)
 
 
 def default_cache() -> Path:

@@ -1,7 +1,7 @@
 """A decoder-only transformer that does not know whether its sequence is whole or cut.
 
 Only two things in it depend on where a token lives: attention, which asks the `ContextParallel` it is given,
-and RoPE, which turns by *global* positions. Everything else works token by token.
+and RoPE, which turns by positions in the whole sequence, or in a document of it. Everything else works token by token.
 
     B batch    L tokens of this rank    C model dim    F hidden dim    V vocabulary
     H query heads    G key/value heads    D head dim (C = H * D)
@@ -15,6 +15,8 @@ and RoPE, which turns by *global* positions. Everything else works token by toke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ __all__ = ["Transformer", "rope", "rope_turns"]
 
 
 Turns = tuple[Tensor, Tensor]  # cosine and sine, [L, D/2] each
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out
 
 
 def rope_turns(positions_L: Tensor, head_dim: int, base: float) -> Turns:
@@ -57,10 +60,10 @@ class Attention(nn.Module):
         self.project = nn.Linear(shape.dim, sum(self.heads) * shape.head_dim, bias=False)
         self.out = nn.Linear(shape.dim, shape.dim, bias=False)
 
-    def forward(self, x_BLC: Tensor, turns: Turns, cp: ringattn.ContextParallel, seq_len: int) -> Tensor:
+    def forward(self, x_BLC: Tensor, turns: Turns, attend: Attend) -> Tensor:
         heads_BLND = self.project(x_BLC).unflatten(-1, (-1, self.head_dim))
         q_BLHD, k_BLGD, v_BLGD = heads_BLND.split(self.heads, -2)
-        out_BLHD = cp.attention(rope(q_BLHD, turns), rope(k_BLGD, turns), v_BLGD, causal=True, seq_len=seq_len)
+        out_BLHD = attend(rope(q_BLHD, turns), rope(k_BLGD, turns), v_BLGD)
         return self.out(out_BLHD.flatten(-2))
 
 
@@ -83,8 +86,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(shape.dim, eps=1e-6)
         self.mlp = SwiGLU(shape)
 
-    def forward(self, x_BLC: Tensor, turns: Turns, cp: ringattn.ContextParallel, seq_len: int) -> Tensor:
-        x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), turns, cp, seq_len)
+    def forward(self, x_BLC: Tensor, turns: Turns, attend: Attend) -> Tensor:
+        x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), turns, attend)
         return x_BLC + self.mlp(self.mlp_norm(x_BLC))
 
 
@@ -114,19 +117,24 @@ class Transformer(nn.Module):
             summand = name.endswith("out.weight")
             parameter.normal_(0, 0.02 / math.sqrt(2 * self.shape.layers) if summand else 0.02, generator=generator)
 
-    def forward(self, ids_BL: Tensor, cp: ringattn.ContextParallel, seq_len: int) -> Tensor:
+    def forward(
+        self, ids_BL: Tensor, cp: ringattn.ContextParallel, seq_len: int, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Logits of this rank's tokens.
 
         Args:
             ids_BL (Tensor): [B, L] int64, this rank's part of the sequence, as `cp.shard` cuts it.
             cp: how the sequence is cut.
             seq_len: length of the whole sequence.
+            cu_seqlens: where the documents of a packed sequence begin; each is as if it were alone.
 
         Returns:
             [B, L, V].
         """
-        turns = rope_turns(cp.positions(seq_len, device=ids_BL.device), self.shape.head_dim, self.shape.rope_base)
+        positions_L = cp.positions(seq_len, ids_BL.device, cu_seqlens=cu_seqlens)
+        turns = rope_turns(positions_L, self.shape.head_dim, self.shape.rope_base)
+        attend = partial(cp.attention, causal=True, seq_len=seq_len, cu_seqlens=cu_seqlens)
         x_BLC = self.embed(ids_BL)
         for block in self.blocks:
-            x_BLC = block(x_BLC, turns, cp, seq_len)
+            x_BLC = block(x_BLC, turns, attend)
         return self.head(self.norm(x_BLC))

@@ -97,10 +97,12 @@ def attend_on_one_rank(kernel: Kernel, case: Case, inputs: Inputs) -> Result:
 
 def attend_across_ranks(cp: ContextParallel, case: Case, inputs: Inputs) -> Result:
     """Shard, attend, differentiate, unshard: what a user does. Collective."""
-    q, k, v = (cp.shard(x).requires_grad_() for x in inputs[:3])
-    out = cp.attention(q, k, v, causal=case.causal, seq_len=case.seq_len)
-    grads = torch.autograd.grad(out, (q, k, v), cp.shard(inputs.dout))
-    return Result(*(cp.unshard(x.detach(), seq_len=case.seq_len) for x in (out, *grads)))
+    cu_seqlens = case.documents
+    q, k, v = (cp.shard(x, cu_seqlens=cu_seqlens).requires_grad_() for x in inputs[:3])
+    out = cp.attention(q, k, v, seq_len=case.seq_len, **case.mask)
+    grads = torch.autograd.grad(out, (q, k, v), cp.shard(inputs.dout, cu_seqlens=cu_seqlens))
+    parts = (x.detach() for x in (out, *grads))
+    return Result(*(cp.unshard(part, seq_len=case.seq_len, cu_seqlens=cu_seqlens) for part in parts))
 
 
 def exact(case: Case, inputs: Inputs) -> Result:

@@ -98,22 +98,29 @@ def draw_comparison(runs: Mapping[str, Records], path: Path, allowed: float | No
         figure.savefig(path)
 
 
-def draw_plan(plan: Plan, path: Path) -> None:
+def draw_plan(plan: Plan, path: Path, *, traffic: bool = False) -> None:
     """The mask in global positions, coloured by the rank that computes it, and a bar of each rank's work.
 
-    Full colour: keys that the rank holds itself. Lighter: keys that reach it from another rank.
+    Full colour: keys that the rank holds itself. Lighter: keys that reach it from another rank. With `traffic` also
+    how many keys each rank needs from each other one.
     """
     palette = np.array(colors(plan.ranks))
     image, own, other = shade(plan, palette)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 5.6), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        figure = Figure(figsize=(14.5 if traffic else 10, 5.6), layout="constrained")
+        left, right, *more = figure.subplots(1, 2 + traffic, width_ratios=(1.25, 1, 1)[: 2 + traffic])
         length = max(plan.layout.seq_len, 1)
         left.grid(False)
         left.imshow(image, extent=(0, length, length, 0), interpolation="nearest")
         left.set(xlabel="key position", ylabel="query position")
-        left.set_title(f"{length:,} tokens on {plan.ranks} ranks, layout {plan.layout.name}, mask {plan.mask}")
+        figure.suptitle(
+            f"{length:,} tokens on {plan.ranks} ranks, layout {plan.layout.name}, mask: {plan.mask}",
+            x=0.01, ha="left", fontsize=11, fontweight="bold",
+        )  # fmt: skip
+        left.set_title("Who computes what")
         draw_work(right, plan, palette, own, other)
+        for axes in more:
+            draw_traffic(axes, plan)
         figure.savefig(path)
 
 
@@ -130,7 +137,7 @@ def shade(plan: Plan, palette: np.ndarray, size: int = 768) -> tuple[np.ndarray,
     for rank, (rows, row_pixels) in enumerate(where):
         for source, (columns, column_pixels) in enumerate(where):
             segments = plan.segments(rank, source)
-            (own if source == rank else other)[rank] += sum(segment.pairs for segment in segments)
+            (own if source == rank else other)[rank] += segments.pairs
             color = palette[rank] if source == rank else 1 - 0.45 * (1 - palette[rank])
             for segment in segments:
                 row, column = rows[:, None] - segment.q_start, columns[None, :] - segment.k_start
@@ -168,6 +175,24 @@ def draw_work(axes: Axes, plan: Plan, palette: np.ndarray, own: list[int], other
     shades = {"with its own keys": "#777777", "with keys from other ranks": "#C2C2C2"}
     patches = [Patch(color=color, label=label) for label, color in shades.items()]
     axes.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=9)
+
+
+def draw_traffic(axes: Axes, plan: Plan) -> None:
+    """Keys that each rank (a row) needs of each other rank (a column), as a share of a shard."""
+    needed = plan.keys_needed.astype(float)
+    np.fill_diagonal(needed, np.nan)
+    shard = max(*plan.layout.lengths, 1)
+    axes.grid(False)
+    axes.imshow(needed / shard, cmap="Blues", vmin=0, vmax=1)
+    if plan.ranks <= 16:
+        axes.set_xticks(range(plan.ranks))
+        axes.set_yticks(range(plan.ranks))
+        for rank, source in zip(*np.nonzero(np.nan_to_num(needed)), strict=True):
+            share = needed[rank, source] / shard
+            color = "white" if share > 0.6 else INK
+            note(axes, f"{share:.0%}", (source, rank), (0, 0), ha="center", va="center", color=color, fontsize=8)
+    axes.set(xlabel="from rank", ylabel="to rank")
+    axes.set_title("Keys needed from other ranks, of a shard")
 
 
 def note(axes: Axes, text: str, at: tuple[float, float], points: tuple[float, float], **how: Any) -> None:

@@ -2,6 +2,8 @@
 
     python -m ringattn.launch.report FOLDER         a run, or a sweep
     python -m ringattn.launch.report benchmarks     the committed records, into README.md and docs/benchmarks.md
+    python -m ringattn.launch.report plan ...       who would compute what: a table, and a picture; --help says more
+    python -m ringattn.launch.report balance        layouts compared, into docs/balance.md
 
 A run's folder (it holds `metrics.jsonl`) gives its losses over time; a sweep's folder (it holds `results.csv`)
 a row per job, with what all jobs have in common said once. The table goes to stdout, as markdown; the plot to
@@ -107,8 +109,16 @@ def label(job: Path, shared: set[str]) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plan"]:
+        from .planned import show
+
+        return show(sys.argv[2:])
+    if sys.argv[1:2] == ["balance"]:
+        from .planned import PAGE, renew
+
+        return print("written:", PAGE) if renew() else print(PAGE, "is up to date")
     parser = argparse.ArgumentParser(prog="python -m ringattn.launch.report", description=__doc__)
-    parser.add_argument("folder", help="the folder of a run or of a sweep; or: benchmarks")
+    parser.add_argument("folder", help="the folder of a run or of a sweep; or: benchmarks, plan, balance")
     asked = parser.parse_args().folder
     if asked == BENCHMARKS:
         from .benchmarks.publish import publish  # which takes its tables from here

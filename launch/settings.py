@@ -59,12 +59,19 @@ class Data:
     exclude: str = "site-packages"  # files whose path holds this are left out
     seq_len: int = 1024
     batch: int = 8  # sequences per step, over all ranks
+    document_mean: int | None = None  # pack documents of log-normal lengths, so many bytes on average; null: one text
+    document_longest: int = 32768
+    document_spread: float = 1.0  # standard deviation of the logarithm of the lengths
     validation_share: float = 0.05
     cache: str | None = None  # null: ~/.cache/ringattn
 
     def __post_init__(self) -> None:
         require(self.seq_len >= 1, "data.seq_len", self.seq_len, "at least 1")
         require(self.batch >= 1, "data.batch", self.batch, "at least 1 sequence per step, over all ranks")
+        if self.document_mean is not None:
+            require(self.document_mean >= 1, "data.document_mean", self.document_mean, "at least 1 byte, or null")
+        require(self.document_longest >= 1, "data.document_longest", self.document_longest, "at least 1 byte")
+        require(self.document_spread >= 0, "data.document_spread", self.document_spread, "0 or more")
         require(0 < self.validation_share < 1, "data.validation_share", self.validation_share, "between 0 and 1")
 
 

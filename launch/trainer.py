@@ -12,6 +12,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import ringattn
 from ringattn.kernels.registry import choose_kernel
 
 from . import checkpoint, settings
-from .data import IGNORED, Corpus
+from .data import IGNORED, Batch, Corpus
 from .gang import Place
 from .metrics import Journal, peak_memory_gib
 from .model import Transformer
@@ -85,8 +88,8 @@ class Trainer:
         """Train to the last step; returns the last of every metric."""
         chosen, last = self.chosen, {}
         clock, since = time.perf_counter(), self.begun
-        for step in range(self.begun + 1, chosen.steps + 1):
-            loss, norm, lr = self.step(step)
+        for step, part in self.parts():
+            loss, norm, lr = self.step(step, part)
             if step % chosen.log_every == 0 or step == chosen.steps:
                 values = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}  # .item() waits for the GPU
                 seconds = (time.perf_counter() - clock) / (step - since)
@@ -111,28 +114,43 @@ class Trainer:
             append_records(Path(chosen.record), [self.summary(last)])
         return last
 
-    def step(self, step: int) -> tuple[Tensor, Tensor, float]:
+    def parts(self) -> Iterator[tuple[int, Batch]]:
+        """The steps and this rank's part of each; the next one is cut and planned while this one computes."""
+        steps = range(self.begun + 1, self.chosen.steps + 1)
+        with ThreadPoolExecutor(1) as aside:
+            upcoming = deque(aside.submit(self.part, step, "train") for step in steps[:1])
+            for step in steps:
+                part = upcoming.popleft().result()
+                if step + 1 in steps:
+                    upcoming.append(aside.submit(self.part, step + 1, "train"))
+                yield step, part
+
+    def step(self, step: int, part: Batch) -> tuple[Tensor, Tensor, float]:
         """One update; returns the loss before it, the gradient's norm before clipping, and the learning rate."""
         lr = learning_rate(step, self.chosen.steps, self.chosen.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.gradients.clear()
-        loss = self.loss(*self.part(step, "train"))
+        loss = self.loss(part)
         loss.backward()
         self.gradients.sum_over_ranks()
         norm = self.gradients.clip(self.chosen.optimizer.clip)
         self.optimizer.step()
         return over_ranks(loss.detach()), norm, lr
 
-    def part(self, step: int, split: str) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and labels of a step, [B, L] each."""
-        ids_BS, labels_BS = self.corpus.batch(self.chosen.seed, step, split, self.rows)
-        return self.cp.shard(ids_BS.to(self.device)), self.cp.shard(labels_BS.to(self.device))
+    def part(self, step: int, split: str) -> Batch:
+        """This rank's inputs and labels of a step, [B, L] each; the documents stay those of the whole sequence."""
+        ids_BS, labels_BS, cu_seqlens = self.corpus.batch(self.chosen.seed, step, split, self.rows)
+        if cu_seqlens is not None:
+            self.cp.plan(self.chosen.data.seq_len, causal=True, cu_seqlens=cu_seqlens)  # kept for attention
+        ids_BL, labels_BL = (self.cp.shard(x, cu_seqlens=cu_seqlens) for x in (ids_BS, labels_BS))
+        return Batch(ids_BL, labels_BL, cu_seqlens)
 
-    def loss(self, ids_BL: Tensor, labels_BL: Tensor) -> Tensor:
+    def loss(self, part: Batch) -> Tensor:
         """This rank's share of the mean loss: the shares of all ranks add up to it."""
+        ids_BL, labels_BL = part.ids.to(self.device), part.labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits_BLV = self.model(ids_BL, self.cp, self.chosen.data.seq_len)
+            logits_BLV = self.model(ids_BL, self.cp, self.chosen.data.seq_len, part.cu_seqlens)
         summed = functional.cross_entropy(
             logits_BLV.float().flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -142,7 +160,7 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss of the first batches of the validation split, always the same ones."""
         batches = self.chosen.validation_batches
-        shares = [self.loss(*self.part(batch, "validation")) for batch in range(batches)]
+        shares = [self.loss(self.part(batch, "validation")) for batch in range(batches)]
         return over_ranks(torch.stack(shares).sum()).item() / batches
 
     def summary(self, last: dict[str, float]) -> dict[str, Any]:
@@ -168,6 +186,7 @@ class Trainer:
     def introduce(self, origin: Path | None) -> None:
         """Say what was chosen and why."""
         data, shape, size = self.chosen.data, self.chosen.model, self.place.size
+        documents = f"; packed, documents of {data.document_mean} on average" if data.document_mean else ""
         backend = "no torch.distributed" if size == 1 else "nccl" if self.device.type == "cuda" else "gloo"
         held = self.cp.plan(data.seq_len).layout.lengths
         per_rank = str(held[0]) if len(set(held)) == 1 else f"{min(held)} to {max(held)}"
@@ -177,7 +196,7 @@ class Trainer:
         self.journal.say(
             f"ranks: {size}, {backend}; device {self.device.type}: {self.place.reason}\n"
             f"grid: {self.grid[0]} sequence(s) side by side, {self.grid[1]} rank(s) per sequence\n"
-            f"tokens: {data.batch} x {data.seq_len} a step; of each sequence {per_rank} per rank\n"
+            f"tokens: {data.batch} x {data.seq_len} a step; of each sequence {per_rank} per rank{documents}\n"
             f"model: {parameters / 1e6:.2f} M parameters, {shape.layers} layers, {shape.heads}:{shape.kv_heads} "
             f"heads of {shape.head_dim}; {precision}\n"
             f"data: {self.corpus.folder}: {megabytes['train']:.1f} MB to train on, "

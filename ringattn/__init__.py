@@ -9,6 +9,7 @@ out = cp.attention(q, k, v, causal=True)        # (batch, tokens, heads, head_di
 from ringattn.agreement import RankDisagreement
 from ringattn.attention import ring_attention
 from ringattn.context import ContextParallel
+from ringattn.documents import Documents, cu_seqlens_from_positions, next_token_labels
 from ringattn.layout import Layout, make_layout
 from ringattn.mask import Mask
 from ringattn.plan import Plan, make_plan
@@ -18,14 +19,17 @@ from ringattn.version import __version__
 
 __all__ = [
     "ContextParallel",
+    "Documents",
     "Layout",
     "Mask",
     "Plan",
     "RankDisagreement",
     "TransportError",
     "__version__",
+    "cu_seqlens_from_positions",
     "keep_attention",
     "make_layout",
     "make_plan",
+    "next_token_labels",
     "ring_attention",
 ]

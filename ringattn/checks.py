@@ -14,11 +14,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What other attention functions accept and this one does not compute: name -> (values that ask for nothing, advice).
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dropout_p": ((0, 0.0), "train without attention dropout"),
-    "attn_mask": ((None,), "masks are given by name: causal=True or False"),
-    "window_size": ((None, (-1, -1)), "sliding windows are not computed yet"),
-    "softcap": ((None, 0, 0.0), "apply the cap in a model of one rank, or leave it out"),
+    "attn_mask": ((None,), "masks are given by name: causal, window_size, cu_seqlens"),
+    "position_ids": ((None,), "documents are given as cu_seqlens: ringattn.cu_seqlens_from_positions(position_ids)"),
     "alibi_slopes": ((None,), "use rotary positions: ContextParallel.positions gives them"),
-    "cu_seqlens": ((None,), "packed documents are not computed yet: pass one document a batch row"),
+    "cu_seqlens_q": ((None,), "queries and keys are the same tokens: pass cu_seqlens, of the whole sequence"),
+    "cu_seqlens_k": ((None,), "queries and keys are the same tokens: pass cu_seqlens, of the whole sequence"),
 }
 
 
@@ -37,7 +37,7 @@ def refuse_unsupported(options: dict[str, Any]) -> None:
             raise NotImplementedError(f"got {name}={value!r}, which ring_attention does not compute: {advice}")
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> None:
     """Whether this rank can take part with these tensors.
 
     Raises:
@@ -60,3 +60,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"got {shapes}; k and v must have equally many heads, and q a multiple of them")
     if q.shape[3] != k.shape[3] or 0 in (q.shape[3], v.shape[3]):
         raise ValueError(f"got {shapes}; q and k must have the same head dim, and none may be empty")
+    if sinks is not None and (sinks.shape != q.shape[2:3] or not sinks.is_floating_point()):
+        raise ValueError(
+            f"got sinks {tuple(sinks.shape)} of {sinks.dtype} for {q.shape[2]} query heads; pass a logit per query head"
+        )
+    if sinks is not None and sinks.device != q.device:
+        raise ValueError(f"got sinks on {sinks.device} and q on {q.device}; move them to one device")

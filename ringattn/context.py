@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.attention import choose, ring_attention
+from ringattn.documents import CuSeqlens, documents_of
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import Layout, make_layout
-from ringattn.plan import Plan, make_plan
+from ringattn.mask import Mask, WindowSize, make_mask
+from ringattn.plan import Plan, plan_of
 from ringattn.ranks import group_name, ranks_named
 
 __all__ = ["ContextParallel"]
@@ -24,8 +26,11 @@ class ContextParallel:
     Args:
         group: a ProcessGroup, a 1-D DeviceMesh, or None for all ranks (this process alone where torch.distributed
             is not initialised).
-        layout: "zigzag" balances causal work; "contiguous" and "striped" are the others.
+        layout: "zigzag" balances dense causal work, "balanced" any: packed documents, windows; "contiguous" and
+            "striped" are the others. "balanced" depends on the documents: give it the same cu_seqlens everywhere.
         kernel, executor: see `ring_attention`.
+        balance: what "balanced" balances, besides documents: `Mask(causal=True, window=(4095, 0))` where all layers
+            have that window. Causal unless given. The layers of a model share one layout whatever their masks are.
 
     Raises:
         ValueError: an unknown layout, or a mesh of several dimensions.
@@ -43,9 +48,13 @@ class ContextParallel:
         layout: str = "zigzag",
         kernel: str = "auto",
         executor: str = "auto",
+        balance: Mask | None = None,
     ):
         make_layout(layout, 0, 1)  # an unknown name raises here, not at the first call
+        if balance is not None and balance.documents is not None:
+            raise ValueError(f"got balance={balance}; documents change from batch to batch: pass cu_seqlens with each")
         self.layout = layout
+        self.balance = balance or Mask(causal=True)
         self.kernel = kernel
         self.executor = executor
         self._ranks = ranks_named(group_name(group))
@@ -53,18 +62,22 @@ class ContextParallel:
         self.rank = self._ranks.rank
         self.size = self._ranks.size
 
-    def _layout(self, seq_len: int) -> Layout:
-        return make_layout(self.layout, seq_len, self.size)
+    def _layout(self, seq_len: int, cu_seqlens: CuSeqlens | None) -> Layout:
+        documents = None if cu_seqlens is None else documents_of(cu_seqlens)
+        return make_layout(self.layout, seq_len, self.size, self.balance.within(documents))
 
-    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of a tensor that every rank holds whole: tokens, labels, embeddings, any dim.
+    def shard(self, x: Tensor, dim: int = 1, *, cu_seqlens: CuSeqlens | None = None) -> Tensor:
+        """This rank's part of a tensor that every rank holds whole: tokens, labels, loss weights, embeddings, any dim.
 
         Args:
             x (Tensor): any shape and dtype; dimension `dim` is the whole sequence.
+            cu_seqlens: the documents of the sequence, as in `ring_attention`; "balanced" depends on them.
         """
-        return self._layout(x.shape[dim]).shard(x, self.rank, dim)
+        return self._layout(x.shape[dim], cu_seqlens).shard(x, self.rank, dim)
 
-    def unshard(self, x: Tensor, dim: int = 1, *, seq_len: int | None = None) -> Tensor:
+    def unshard(
+        self, x: Tensor, dim: int = 1, *, seq_len: int | None = None, cu_seqlens: CuSeqlens | None = None
+    ) -> Tensor:
         """The whole sequence, on every rank, from every rank's part: the inverse of `shard`. Collective.
 
         Differentiable; the gradient of a part is the sum of what all ranks make of the whole.
@@ -72,11 +85,12 @@ class ContextParallel:
         Args:
             x (Tensor): this rank's part in dimension `dim`.
             seq_len: tokens of the whole sequence; x.shape[dim] * size unless given.
+            cu_seqlens: what `shard` was given.
 
         Raises:
             ValueError: x is not as long as this rank's part.
         """
-        layout = self._layout(x.shape[dim] * self.size if seq_len is None else seq_len)
+        layout = self._layout(x.shape[dim] * self.size if seq_len is None else seq_len, cu_seqlens)
         if x.shape[dim] != layout.lengths[self.rank]:
             raise ValueError(
                 f"got {x.shape[dim]} tokens in dim {dim} of {tuple(x.shape)}, but rank {self.rank} holds "
@@ -86,31 +100,52 @@ class ContextParallel:
             return layout.unshard([x], dim)
         return _Unshard.apply(x, dim, layout, self.group)
 
-    def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
-        """Global positions of this rank's tokens, for rotary or learnt positions: int64 [L]."""
-        return self._layout(seq_len).positions(self.rank).to(device or "cpu")
+    def positions(
+        self, seq_len: int, device: torch.device | str | None = None, *, cu_seqlens: CuSeqlens | None = None
+    ) -> Tensor:
+        """Positions of this rank's tokens, for rotary or learnt positions: int64 [L].
+
+        In the whole sequence, or, with cu_seqlens, in each token's document.
+
+        Example:
+            >>> ContextParallel().positions(6, cu_seqlens=[0, 4, 6]).tolist()
+            [0, 1, 2, 3, 0, 1]
+        """
+        positions = self._layout(seq_len, cu_seqlens).positions(self.rank)
+        if cu_seqlens is not None:
+            positions = documents_of(cu_seqlens).positions(positions)
+        return positions.to(device or "cpu")
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """`ring_attention` with this object's group, layout, kernel and executor.
 
         Args:
             q, k, v (Tensor): this rank's [B, L, H, D], [B, L, G, D], [B, L, G, E].
-            options: causal, softmax_scale, seq_len, return_lse.
+            options: causal, window_size, cu_seqlens, sinks, softcap, softmax_scale, seq_len, return_lse.
         """
-        return ring_attention(
-            q, k, v, group=self.group, layout=self.layout, kernel=self.kernel, executor=self.executor, **options
-        )
+        how = {"layout": self.layout, "kernel": self.kernel, "executor": self.executor, "balance": self.balance}
+        return ring_attention(q, k, v, group=self.group, **how, **options)
 
-    def plan(self, seq_len: int, *, causal: bool = False) -> Plan:
-        """What each rank computes and sends for a sequence of `seq_len` tokens; it prints itself readably."""
-        return make_plan(self.layout, seq_len, self.size, causal=causal)
+    def plan(
+        self,
+        seq_len: int,
+        *,
+        causal: bool = False,
+        window_size: WindowSize = None,
+        cu_seqlens: CuSeqlens | None = None,
+    ) -> Plan:
+        """What each rank computes and sends for a sequence of `seq_len` tokens; it prints itself readably.
+
+        Plans are kept: asked for in a data loader's thread, the plan of the next batch is there when it is needed.
+        """
+        return plan_of(self.layout, seq_len, self.size, make_mask(causal, window_size, cu_seqlens), self.balance)
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> str:
         """What attention on such tensors would run, and why, with the times that were predicted. What ranks have in
         common is known after the first call of `attention`; before it, executors that need one node are left out."""
         choice = choose_kernel(self.kernel, q, k, v)
         plan = self.plan(q.shape[1] * self.size, causal=causal)
-        executor = choose(self._ranks, plan, q, k, v, self.kernel, self.executor)
+        executor = choose(self._ranks, plan, q, k, v, choice.kernel, self.executor)
         return "\n".join(
             (
                 f"kernel: {choice.kernel.name} ({choice.reason})",

@@ -8,12 +8,11 @@ one behind the other, and nothing is faster than the host issues it:
     gather    all keys + everything                          nothing hides, nothing merges
     pull      max(own, keys) + others' + a merge             or, in one launch, keys + everything
 
-`python -m ringattn.cost 32768 4` prints the choice for 32768 tokens on each of 4 ranks.
+`python -m ringattn.launch.predict 32768 4` prints the choice for 32768 tokens on each of 4 ranks.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from ringattn.executors.axis import slots, span
 from ringattn.executors.call import Schedule
 from ringattn.executors.pull import axis_of, remote_axis, slot_of
-from ringattn.plan import Plan, make_plan
+from ringattn.plan import Plan
 from ringattn.transport.interface import WORDS
 
 __all__ = ["KERNEL_RATES", "LINKS", "Choice", "Prediction", "Workload", "choose_executor", "predict"]
@@ -40,23 +39,24 @@ class KernelRate(NamedTuple):
 
 # Measured on an H200, bf16, 32:8 heads, head dim 128, causal: docs/benchmarks/kernel.jsonl, scaling.jsonl.
 KERNEL_RATES = {
-    "hopper": KernelRate(620e12, 560e12),
-    "triton": KernelRate(490e12, 430e12),
+    "hopper": KernelRate(675e12, 500e12),
+    "triton": KernelRate(510e12, 425e12),
     "cudnn": KernelRate(589e12, 537e12),
     "aten": KernelRate(345e12, 322e12),
     "reference": KernelRate(10e12, 10e12),
 }
-MEGA = 1e6
-LINKS: dict[str, Curve] = {
-    "p2p": ((1 * MEGA, 15e9), (16 * MEGA, 68e9), (64 * MEGA, 120e9), (256 * MEGA, 262e9)),
-    "all-gather": ((1 * MEGA, 20e9), (16 * MEGA, 150e9), (64 * MEGA, 230e9), (256 * MEGA, 300e9)),
-    "copy engine": ((1 * MEGA, 73e9), (4 * MEGA, 205e9), (16 * MEGA, 306e9), (64 * MEGA, 350e9), (256 * MEGA, 368e9)),
+MB = 1e6
+LINKS: dict[str, Curve] = {  # two H200s; NCCL on as many channels as `transport.p2p` takes
+    "p2p": ((1 * MB, 23e9), (4.2 * MB, 89e9), (16.8 * MB, 131e9), (67 * MB, 157e9), (268 * MB, 304e9)),
+    "all-gather": ((1 * MB, 26e9), (4.2 * MB, 101e9), (16.8 * MB, 167e9), (67 * MB, 203e9), (268 * MB, 215e9)),
+    "copy engine": ((1 * MB, 73e9), (4.2 * MB, 205e9), (16.8 * MB, 331e9), (67 * MB, 362e9), (268 * MB, 371e9)),
 }
-LAUNCH = 12e-6  # seconds to fill and drain the GPU
-MEETING = 10e-6  # seconds for ranks to meet on the GPU
+LAUNCH = 25e-6  # seconds to fill and drain the GPU
+MEETING = 15e-6  # seconds for ranks to meet on the GPU
 MEMORY = 3.5e12  # bytes a second to and from memory
 BESIDE = {"p2p": 1.3, "copy engine": 1.09}  # how much slower attention is beside such traffic
-HOST = {"call": 120e-6, "launch": 45e-6, "travel": 40e-6}  # seconds of the host
+HOST = {"call": 60e-6, "launch": 50e-6, "travel": 60e-6, "message": 150e-6}  # seconds of the host
+ALIKE = 0.01  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
 
 
@@ -87,13 +87,13 @@ class Workload(NamedTuple):
 
     def compute(self, rank: int, source: int, backward: bool = False) -> float:
         """Seconds of products."""
-        pairs = sum(segment.pairs for segment in self.plan.segments(rank, source))
+        pairs = int(self.plan.work[rank, source])
         flops = 2 * (self.head_dim + self.v_head_dim) * self.q_heads * self.batch * pairs
         rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
         return flops * 2.5 / rates.backward if backward else flops / rates.forward
 
     def merge(self, rank: int) -> float:
-        """Seconds to write partial results and to read them again."""
+        """Seconds to write partial results, or dq, and to read them again."""
         return 8 * self.plan.layout.lengths[rank] * self.batch * self.q_heads * self.v_head_dim / MEMORY
 
 
@@ -179,10 +179,12 @@ def predict_ring(load: Workload) -> Prediction:
         steps = [load.compute(rank, (rank - t) % plan.ranks, True) + LAUNCH for t in ranks]
         halves = steps[0] / 4, steps[0] * 3 / 4
         middle = [beside(step, both if t > 1 else hop, "p2p") for t, step in enumerate(steps[1:], 1)]
-        backward = max(backward, beside(halves[0], hop, "p2p") + sum(middle) + beside(halves[1], home, "p2p"))
-    issued = HOST["call"] + plan.ranks * (HOST["launch"] + HOST["travel"])
+        taken = beside(halves[0], hop, "p2p") + sum(middle) + beside(halves[1], home, "p2p")
+        backward = max(backward, taken + load.merge(rank) * plan.ranks)
+    issued = HOST["call"] + plan.ranks * HOST["launch"] + (plan.ranks - 1) * HOST["message"]
+    issued_back = HOST["call"] + (plan.ranks + 1) * 2 * HOST["launch"] + plan.ranks * HOST["message"]
     memory = 2 * shard * load.token_bytes + 3 * shard * load.gradient_bytes
-    return Prediction("ring", Schedule(), max(forward, issued), max(backward, 2 * issued), memory)
+    return Prediction("ring", Schedule(), max(forward, issued), max(backward, issued_back), memory)
 
 
 def predict_gather(load: Workload, groups: int) -> Prediction:
@@ -197,7 +199,9 @@ def predict_gather(load: Workload, groups: int) -> Prediction:
         own = load.compute(rank, rank, True)
         remote = sum(load.compute(rank, source, True) for source in ranks) - own + LAUNCH
         come = seconds("all-gather", (length - shard) * load.token_bytes)
-        backward = max(backward, beside(own / 4, come, "p2p") + remote + beside(own * 3 / 4, home, "p2p"))
+        taken = beside(own / 4, come, "p2p") + remote + beside(own * 3 / 4, home, "p2p")
+        backward = max(backward, taken + 2 * (LAUNCH + load.merge(rank)))
+        forward += load.merge(rank) / 2 if groups > 1 else 0.0  # results of the groups are put together
     issued = HOST["call"] + groups * (HOST["launch"] + HOST["travel"])
     memory = min(groups, 2) * length * load.token_bytes // groups
     memory = max(memory, length * (load.token_bytes + 2 * load.gradient_bytes))  # the backward takes all heads at once
@@ -228,7 +232,8 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         early = own / 4 if schedule.halves else 0.0
         taken = beside(early + LAUNCH, come, "copy engine") if schedule.halves else come
         taken += remote + LAUNCH + beside(own - early + LAUNCH, home + MEETING, "copy engine")
-        backward = max(backward, pack + taken + 3 * others * load.gradient_bytes / MEMORY)
+        sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank) * (1 + schedule.halves)
+        backward = max(backward, pack + taken + sums)
     issued = HOST["call"] + (1 + schedule.own_first) * HOST["launch"] + 2 * HOST["travel"]
     issued_back = HOST["call"] + (2 + schedule.halves) * 2 * HOST["launch"] + 4 * HOST["travel"]
     longest = max(axis_of(plan, rank).length for rank in ranks)
@@ -258,42 +263,13 @@ def choose_executor(name: str, load: Workload) -> Choice:
     weighed = sorted(predict(load), key=lambda prediction: prediction.total)
     named = [prediction for prediction in weighed if name in ("auto", prediction.executor)]
     fitting = [prediction for prediction in named if prediction.memory <= budget]
-    best = fitting[0] if fitting else min(named, key=lambda prediction: prediction.memory)
-    reason = "asked for by name" if name != "auto" else "least predicted time"
+    alike = [prediction for prediction in fitting if prediction.total <= fitting[0].total * (1 + ALIKE)]
+    best = min(alike or named, key=lambda prediction: prediction.memory)
+    reason = (
+        "asked for by name" if name != "auto" else f"least predicted time, and of those within {ALIKE:.0%} least memory"
+    )
     if not fitting:
         reason += f", although over the budget of {budget / 2**30:.3g} GiB"
-    elif best is not named[0]:
+    elif named[0].memory > budget:
         reason += f" within {budget / 2**30:.3g} GiB"
     return Choice(best.executor, best.schedule, reason, tuple(weighed))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokens", type=int, help="on each rank")
-    parser.add_argument("ranks", type=int)
-    parser.add_argument("--kernel", default="triton", choices=KERNEL_RATES)
-    parser.add_argument("--layout", default="zigzag")
-    parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("Q", "KV"))
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--across-nodes", action="store_true")
-    chosen = parser.parse_args()
-    plan = make_plan(chosen.layout, chosen.tokens * chosen.ranks, chosen.ranks, causal=True)
-    q_heads, kv_heads = chosen.heads
-    load = Workload(
-        plan=plan,
-        kernel=chosen.kernel,
-        batch=1,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=chosen.head_dim,
-        v_head_dim=chosen.head_dim,
-        itemsize=2,
-        same_node=not chosen.across_nodes,
-        waits=chosen.kernel == "hopper",
-        memory=141 * 10**9,
-    )
-    print(choose_executor("auto", load))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,10 @@ For 8 tokens on 2 ranks:
     contiguous   rank 0: 0 1 2 3    rank 1: 4 5 6 7     runs are chunks
     zigzag       rank 0: 0 1 6 7    rank 1: 2 3 4 5     the r-th chunk from each end: causal work is balanced
     striped      rank 0: 0 2 4 6    rank 1: 1 3 5 7     every P-th token (arXiv:2311.09431): balanced as well
+    balanced     chunks as the mask wants them          every mask is balanced: see balance.py
 
 Lengths need not divide: as in `torch.tensor_split`, the first `length % chunks` chunks get one token more.
-A new layout is one function from (seq_len, ranks) to runs, and its name in `LAYOUTS`.
+A new layout is one function from (seq_len, ranks, mask) to runs, and its name in `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ringattn.balance import balanced_chunks
+from ringattn.mask import Mask
 
 __all__ = ["LAYOUTS", "Layout", "Run", "make_layout"]
 
@@ -46,26 +51,43 @@ def chunks(seq_len: int, count: int) -> list[Run]:
     return [Run(i * base + min(i, longer), base + (i < longer)) for i in range(count)]
 
 
-def contiguous(seq_len: int, ranks: int) -> Runs:
+def contiguous(seq_len: int, ranks: int, mask: Mask | None = None) -> Runs:
     """Rank r holds the r-th of P chunks."""
     return tuple((chunk,) for chunk in chunks(seq_len, ranks))
 
 
-def zigzag(seq_len: int, ranks: int) -> Runs:
+def zigzag(seq_len: int, ranks: int, mask: Mask | None = None) -> Runs:
     """Rank r holds chunks r and 2P-1-r of 2P."""
     pieces = chunks(seq_len, 2 * ranks)
     return tuple((pieces[rank], pieces[2 * ranks - 1 - rank]) for rank in range(ranks))
 
 
-def striped(seq_len: int, ranks: int) -> Runs:
+def striped(seq_len: int, ranks: int, mask: Mask | None = None) -> Runs:
     """Rank r holds tokens r, r + P, r + 2P, ..."""
     return tuple((Run(rank, len(range(rank, seq_len, ranks)), ranks),) for rank in range(ranks))
 
 
-LAYOUTS = {function.__name__: function for function in (contiguous, zigzag, striped)}
+def balanced(seq_len: int, ranks: int, mask: Mask | None = None) -> Runs:
+    """Rank r holds the chunks that balance the work of a mask, causal unless told; neighbours are one run.
+
+    Example:
+        >>> balanced(1024, 2)  # of a dense causal mask: zigzag
+        ((Run(start=0, length=256, step=1), Run(start=768, length=256, step=1)), (Run(start=256, length=512, step=1),))
+    """
+    starts, owner = balanced_chunks(seq_len, ranks, mask or Mask(causal=True))
+    changes = np.append(True, owner[1:] != owner[:-1])
+    begins, holders = starts[:-1][changes], owner[changes]
+    lengths = np.diff(begins, append=seq_len)
+    runs: list[list[Run]] = [[] for _ in range(ranks)]
+    for start, length, rank in zip(begins.tolist(), lengths.tolist(), holders.tolist(), strict=True):
+        runs[rank].append(Run(start, length))
+    return tuple(map(tuple, runs))
 
 
-@dataclass(frozen=True)
+LAYOUTS = {function.__name__: function for function in (contiguous, zigzag, striped, balanced)}
+
+
+@dataclass(frozen=True, eq=False)  # many runs: hashed by identity, and `make_layout` makes equal ones once
 class Layout:
     """Where each token of a sequence of `seq_len` lives among `ranks` ranks."""
 
@@ -95,6 +117,18 @@ class Layout:
             [torch.arange(run.length, dtype=torch.int64) * run.step + run.start for run in self.runs[rank]]
         )
 
+    @cached_property
+    def order(self) -> Tensor:
+        """Where each token of the sequence stands when all shards lie end to end: int64 [seq_len].
+
+        Example:
+            >>> make_layout("zigzag", 8, 2).order.tolist()
+            [0, 1, 4, 5, 6, 7, 2, 3]
+        """
+        order = torch.empty(self.seq_len, dtype=torch.int64)
+        order[torch.cat([self.positions(rank) for rank in range(self.ranks)])] = torch.arange(self.seq_len)
+        return order
+
     def shard(self, x: Tensor, rank: int, dim: int) -> Tensor:
         """A rank's part of `x`, whose dimension `dim` is the whole sequence. A copy, differentiable.
 
@@ -119,19 +153,30 @@ class Layout:
                 f"got parts of {got} tokens in dim {dim}; layout {self.name!r} of {self.seq_len} tokens on "
                 f"{self.ranks} ranks has {self.lengths}: pass the seq_len that was sharded"
             )
-        order = torch.cat([self.positions(rank) for rank in range(self.ranks)]).argsort()
-        return torch.cat(list(parts), dim).index_select(dim, order.to(parts[0].device))
+        return torch.cat(list(parts), dim).index_select(dim, self.order.to(parts[0].device))
 
 
-@lru_cache(maxsize=1024)
-def make_layout(name: str, seq_len: int, ranks: int) -> Layout:
-    """The layout called `name`.
+def make_layout(name: str, seq_len: int, ranks: int, mask: Mask | None = None) -> Layout:
+    """The layout called `name`; equal arguments give the very same object.
+
+    Args:
+        mask: what "balanced" balances the work of, causal unless told; the others do not depend on it.
 
     Raises:
-        ValueError: no layout has that name, or there are less than 0 tokens or less than 1 rank.
+        ValueError: no layout has that name, there are less than 0 tokens or less than 1 rank, or documents hold more
+            tokens than the sequence.
     """
     if name not in LAYOUTS:
         raise ValueError(f"got layout={name!r}; choose one of {', '.join(LAYOUTS)}")
     if seq_len < 0 or ranks < 1:
         raise ValueError(f"got seq_len={seq_len} on {ranks} ranks; need seq_len >= 0 and at least one rank")
-    return Layout(name, seq_len, ranks, LAYOUTS[name](seq_len, ranks))
+    if name != "balanced":
+        return _layout(name, seq_len, ranks, None)
+    mask = mask or Mask(causal=True)
+    mask.check_length(seq_len)
+    return _layout(name, seq_len, ranks, mask)
+
+
+@lru_cache(maxsize=256)
+def _layout(name: str, seq_len: int, ranks: int, mask: Mask | None) -> Layout:
+    return Layout(name, seq_len, ranks, LAYOUTS[name](seq_len, ranks, mask))

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import ringattn
-from ringattn.attention import EXECUTORS
+from ringattn.attention import EXECUTORS, choose
 from ringattn.kernels.registry import KERNELS
 from ringattn.kernels.segments import Segments
 from ringattn.layout import LAYOUTS, Layout
@@ -78,6 +78,14 @@ class Across:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
         raise NotImplementedError
 
+    def held(self) -> int:
+        """Bytes that it keeps on this GPU and torch's allocator knows nothing of."""
+        return 0
+
+    def expects(self, x: Inputs, case: Case, which: str) -> dict[str, Any]:
+        """What it says of itself, in fields of a record: how it goes about it, and how long it thinks that it takes."""
+        return {"executor": None, "predicted_ms": None}
+
 
 class OursAcross(Across):
     """`ringattn.ContextParallel` as its users hold it."""
@@ -103,9 +111,24 @@ class OursAcross(Across):
         ranks = ranks_named(group_name(None))
         ranks.buffers.clear()  # they are kept between calls, and count as memory
         ranks.agreed.clear()  # so are configurations, and what they refer to
+        if ranks.symmetric is not None:
+            ranks.symmetric.release()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
         return self.cp.attention(q, k, v, seq_len=case.seq_len, **self.options)
+
+    def held(self) -> int:
+        symmetric = ranks_named(group_name(None)).symmetric
+        return 0 if symmetric is None else symmetric.nbytes
+
+    def expects(self, x: Inputs, case: Case, which: str) -> dict[str, Any]:
+        ranks = ranks_named(group_name(None))
+        plan = make_plan(self.layout, case.seq_len, ranks.size, **case.mask)
+        choice = choose(ranks, plan, x.q, x.k, x.v, self.kernel, self.executor)
+        chosen = choice.executor, choice.schedule
+        own = next((each for each in choice.predictions if (each.executor, each.schedule) == chosen), None)
+        seconds = own and (own.forward if which == "forward" else own.total)
+        return {"executor": choice.executor, "predicted_ms": seconds and 1e3 * seconds}
 
 
 NAMED_EXECUTORS = (*EXECUTORS, "auto") if len(EXECUTORS) > 1 else tuple(EXECUTORS)  # where there is a choice, its too
@@ -119,7 +142,7 @@ def ours_across() -> list[Across]:
 @lru_cache(maxsize=64)  # a kernel keeps what it makes of a list with the list
 def gathered_segments(plan: Plan, rank: int) -> Segments:
     """What a rank sees of all keys, laid end to end in rank order."""
-    return plan.mask.segments(plan.layout.runs[rank], [run for runs in plan.layout.runs for run in runs])
+    return plan.gathered_segments(rank)
 
 
 def busiest(local: Local, case: Case, ranks: int) -> float:

@@ -86,7 +86,21 @@ def scaling(records: Sequence[Record]) -> str:
     def draw(chosen: list[Record]) -> str:
         return pivot(chosen, over, column, columns, cell, "TFLOP/s (efficiency), ms, exposed ms", best=None)
 
-    return signed(records, sections(ordered, ("forward", "forward+backward"), draw))
+    def foretell(chosen: list[Record]) -> str:
+        return pivot(chosen, over, column, columns, expected, "ms: predicted, measured", best=None)
+
+    both = ("forward", "forward+backward")
+    parts = [sections(ordered, both, draw)]
+    foretold = [record for record in ordered if record.get("predicted_ms") is not None]
+    if foretold:
+        parts.append(f"What the cost model of `executor=auto` predicted:\n\n{sections(foretold, both, foretell)}")
+    return signed(records, "\n\n".join(parts))
+
+
+def expected(record: Record) -> str:
+    """A prediction beside its measurement, and what was chosen where that was left open."""
+    chose = f" ({record['executor']})" if "-auto-" in record["impl"] else ""
+    return f"{record['predicted_ms']:.2f}, {record['median_ms']:.2f}{chose}"
 
 
 def over(record: Record) -> str:

@@ -116,6 +116,7 @@ class Contest:
                 "kernel": each.kernel,
                 "peak_memory_gib": rounds[0]["gib"],
             }
+            | rounds[0]["expects"]
         )
 
 
@@ -157,7 +158,7 @@ class References:
 
 
 def over_ranks(found: list[Figures]) -> Figures:
-    """The slowest rank's time of each window, and the largest memory."""
+    """The slowest rank's time of each window, and the largest memory; what is expected is the same everywhere."""
     memory = [each["gib"] for each in found if each["gib"] is not None]
     slowest = {key: [max(times) for times in zip(*(each[key] for each in found), strict=True)] for key in TIMES}
-    return slowest | {"gib": max(memory, default=None)}
+    return slowest | {"gib": max(memory, default=None), "expects": found[0]["expects"]}

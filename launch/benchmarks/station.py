@@ -110,10 +110,11 @@ class Station:
     def time(self, each: Across, which: str, meter: Meter) -> dict[str, Any]:
         """What `meter` finds of one pass on this rank, and on GPUs the most memory that it took, in GiB."""
         before = self.allocated()
-        with self.ready(each, which) as (work, _):
+        with self.ready(each, which) as (work, x):
             self.reset_peak()
             found: dict[str, Any] = meter.measure(work, self.device)
-            return found | {"gib": self.peak(before) if self.device.type == "cuda" else None}
+            gib = self.peak(each, before) if self.device.type == "cuda" else None
+            return found | {"gib": gib, "expects": each.expects(x, self.case, which)}
 
     def weigh(self, each: Across, which: str) -> float:
         """The most memory that one pass takes on this rank, inputs included, in GiB."""
@@ -122,7 +123,7 @@ class Station:
             if self.device.type == "cuda":
                 self.reset_peak()
                 work()
-                return self.peak(before)
+                return self.peak(each, before)
             events = trace(work, self.device, memory=True)
             return (most_allocated(events) + sum(tensor.nbytes for tensor in x)) / 2**30
 
@@ -173,10 +174,10 @@ class Station:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    def peak(self, before: int) -> float:
+    def peak(self, each: Across, before: int) -> float:
         """In GiB, less what was there before."""
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
+        return (torch.cuda.max_memory_allocated() - before + each.held()) / 2**30
 
     def tidy(self) -> None:
         """Gives unused memory back, so that everybody starts from the same state."""

@@ -60,6 +60,8 @@ def scaling(records: Iterable[Record]) -> str:
         row, short = row_of(rows, record, "ranks", "kernel"), SHORT[record["pass"]]
         row[f"{short} ms"] = f"{record['median_ms']:.3f}"
         row[f"{short} waiting"] = f"{record['synchronised_ms']:.3f}"
+        expected = record["predicted_ms"]
+        row[f"{short} predicted"] = "" if expected is None else f"{expected:.3f} {record['executor']}"
         row[f"{short} exposed"] = "" if record["exposed_ms"] is None else f"{record['exposed_ms']:.3f}"
         row[f"{short} TFLOP/s"] = f"{record['tflops_per_gpu']:.3g}"
         row[f"{short} efficiency"] = "" if record["efficiency"] is None else f"{record['efficiency']:.1%}"

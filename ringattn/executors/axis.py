@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ringattn.kernels.segments import Segments
+import numpy as np
+
+from ringattn.kernels.segments import Segments, canonical_table
 from ringattn.plan import Plan
 
 __all__ = ["Axis", "Piece", "slots", "span", "spans", "within"]
@@ -56,13 +58,7 @@ def span(plan: Plan, rank: int, source: int) -> tuple[int, int]:
         >>> span(plan, 0, 1), span(plan, 1, 0)  # rank 0 holds the very last tokens and sees all of rank 1's
         ((0, 4), (0, 2))
     """
-
-    def build() -> tuple[int, int]:
-        segments = plan.segments(rank, source)
-        starts = (segment.k_start for segment in segments)
-        return min(starts, default=0), max((segment.k_start + segment.k_len for segment in segments), default=0)
-
-    return plan.derive(("span", rank, source), build)
+    return plan.span(rank, source)
 
 
 def spans(plan: Plan, rank: int, sources: Sequence[int], *, whole: int | None = None, slot: int | None = None) -> Axis:
@@ -94,11 +90,14 @@ def slots(plan: Plan, rank: int) -> Axis:
 
 
 def seen(plan: Plan, rank: int, pieces: Iterable[Piece]) -> Segments:
-    return Segments(
-        segment._replace(k_start=segment.k_start - piece.start + piece.base)
-        for piece in pieces
-        for segment in plan.segments(rank, piece.source)
-    )
+    """What a rank sees of pieces, counted along the axis."""
+    tables = [plan.segments(rank, piece.source).table + moved(piece.base - piece.start) for piece in pieces]
+    return Segments(np.concatenate(tables) if tables else ())
+
+
+def moved(keys: int) -> np.ndarray:
+    """What is added to a segment whose keys are moved so far."""
+    return np.array([0, 0, keys, 0, 0, 0])
 
 
 def within(segments: Segments, start: int, stop: int) -> Segments:
@@ -107,19 +106,13 @@ def within(segments: Segments, start: int, stop: int) -> Segments:
     Example:
         >>> from ringattn.kernels.segments import Segment
         >>> within(Segments([Segment(0, 4, 0, 4, 0)]), 2, 4)  # the lower right quarter of a causal square
-        (Segment(q_start=2, q_len=2, k_start=0, k_len=2, offset=0),)
+        Segments([Segment(q_start=2, q_len=2, k_start=0, k_len=2, offset=0)])
     """
 
     def cut(segments: Segments) -> Segments:
-        parts = []
-        for segment in segments:
-            first = max(segment.k_start, start)
-            last = min(segment.k_start + segment.k_len, stop)
-            part = segment._replace(
-                k_start=first - start, k_len=last - first, offset=segment.offset - (first - segment.k_start)
-            ).canonical()
-            if part is not None:
-                parts.append(part)
-        return Segments(parts)
+        q_start, q_len, k_start, k_len, offset, window = segments.table.T
+        first, last = np.maximum(k_start, start), np.minimum(k_start + k_len, stop)
+        table = np.stack((q_start, q_len, first - start, last - first, offset - (first - k_start), window)).T
+        return Segments(canonical_table(table)[0])
 
     return segments.derive(("within", start, stop), cut)

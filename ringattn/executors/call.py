@@ -72,8 +72,11 @@ class Call:
 class Executor(Protocol):
     """What every module of this folder that decides when keys are there has."""
 
-    def forward(self, call: Call, q: Tensor, k: Tensor, v: Tensor, /) -> tuple[Tensor, Tensor]:
-        """out and lse of this rank's queries over the whole sequence."""
+    def forward(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, running: tuple[Tensor, Tensor] | None = None, /
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse of this rank's queries over the whole sequence; rows start from `running`, which may be written
+        to."""
         ...
 
     def backward(

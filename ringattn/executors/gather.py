@@ -89,16 +89,16 @@ def others(call: Call) -> list[int]:
     return [peer for peer in range(call.plan.ranks) if peer != call.rank]
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None) -> Pair:
     """Attention of this rank's queries over the whole sequence; see `ring.forward`."""
     segments = call.plan.segments(0, 0) if call.transport is None else axis_of(call).segments
 
-    def attend(q: Tensor, keys: Pair) -> Pair:
-        return call.kernel.forward(q, *keys, segments, scale=call.scale, out_dtype=q.dtype)
+    def attend(q: Tensor, keys: Pair, running: Pair | None) -> Pair:
+        return call.kernel.forward(q, *keys, segments, scale=call.scale, running=running, out_dtype=q.dtype)
 
     groups = min(call.schedule.head_groups, k.shape[2])
     if groups == 1:
-        return attend(q, bring(call, k, v, 0)())
+        return attend(q, bring(call, k, v, 0)(), running)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q))
     parts = list(zip(k.tensor_split(groups, 2), v.tensor_split(groups, 2), strict=True))
@@ -109,7 +109,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
         if number + 1 < groups:
             coming = bring(call, *parts[number + 1], (number + 1) % 2)
         heads = slice(head, head + part[0].shape[2] * ratio)
-        out[:, :, heads], lse[:, heads] = attend(q[:, :, heads], keys)
+        seen = running and (running[0][:, :, heads], running[1][:, heads])
+        out[:, :, heads], lse[:, heads] = attend(q[:, :, heads], keys, seen)
         head = heads.stop
     return out, lse
 
@@ -151,6 +152,9 @@ def backward(
 def remote(axis: Axis, rank: int) -> Segments:
     """What is seen of the other ranks' keys."""
     own = axis.pieces[rank].place
-    return axis.segments.derive(
-        ("remote", rank), lambda all: Segments(s for s in all if not own.start <= s.k_start < own.stop)
-    )
+
+    def others(all: Segments) -> Segments:
+        k_start = all.table[:, 2]
+        return Segments(all.table[(k_start < own.start) | (k_start >= own.stop)])
+
+    return axis.segments.derive(("remote", rank), others)

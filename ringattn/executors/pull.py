@@ -125,9 +125,9 @@ class Map:
         own, length = axis_of(plan, rank, self.slot), plan.layout.lengths[rank]
         mine = self.keys(rank)
         self.packed = mine[0][:, :length], mine[1][:, :length]
-        self.pulls = [
+        self.pulls = tuple(
             pull for heads in self.head_groups() for piece in own.pieces[1:] for pull in self.pull(piece, heads)
-        ]
+        )
         self.all = Keys(*mine, own.segments)
         if self.slot is None:
             self.others = Keys(mine[0][:, length:], mine[1][:, length:], remote_axis(plan, rank).segments)
@@ -234,7 +234,7 @@ def views(memory: Tensor, dtype: torch.dtype, first: tuple[int, ...], second: tu
     return flat[:cut].view(first), flat[cut : cut + torch.Size(second).numel()].view(second)
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None) -> Pair:
     """Attention of this rank's queries over the whole sequence; see `ring.forward`."""
     attend, scale = call.kernel.forward, call.scale
     there = map_of(call, k, v, gradients=False)
@@ -243,15 +243,16 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
         symmetric = there.symmetric
         arrival = Arrival(there.flags, symmetric.meetings, there.slot, symmetric.patience, symmetric.late)
         waiting: Any = attend  # only a kernel that can is told to
-        out, lse = waiting(q, *there.all, scale=scale, out_dtype=q.dtype, arrival=arrival)
+        out, lse = waiting(q, *there.all, scale=scale, running=running, out_dtype=q.dtype, arrival=arrival)
         arrived()
         symmetric.confirm()
         return out, lse
     if not call.schedule.own_first:
         arrived()
-        return attend(q, *there.all, scale=scale, out_dtype=q.dtype)
+        return attend(q, *there.all, scale=scale, running=running, out_dtype=q.dtype)
     own = call.plan.segments(call.rank, call.rank)
-    running = attend(q, k, v, own, scale=scale, out_dtype=None if there.others.segments else q.dtype)
+    own_dtype = None if there.others.segments else q.dtype
+    running = attend(q, k, v, own, scale=scale, running=running, out_dtype=own_dtype)
     arrived()
     if not there.others.segments:
         return running

@@ -13,7 +13,8 @@
               then adds                          dKV 2            dKV 1 <- rank 2, and own   dKV 0 <- rank 2, and own
 
 Memory is two buffers of the largest shard for KV, two for dKV and one for what comes home, whatever P. A shard travels
-no further than the last rank that looks at it (`Plan.reach`). Every sum has a fixed order, so results are bit-equal
+no further than the last rank that looks at it (`Plan.reach`), and of it only what is looked at from there on
+(`Plan.cargo`): a window costs messages of its own length. Every sum has a fixed order, so results are bit-equal
 run to run. Source: Ring Attention, arXiv:2310.01889.
 """
 
@@ -22,9 +23,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringattn.executors.axis import within
 from ringattn.executors.call import Call
 from ringattn.executors.home import Backward, Part
 from ringattn.kernels.interface import accumulate_dtype, nothing_seen
+from ringattn.kernels.segments import Segments
 from ringattn.plan import Plan
 from ringattn.transport.interface import Message
 
@@ -34,7 +37,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Neighbours:
-    """The ring as one rank sees it: whose shard it holds at a step, and what then goes where."""
+    """The ring as one rank sees it: whose shard it holds at a step, how much of it, and what then goes where."""
 
     def __init__(self, call: Call, k: Tensor, v: Tensor):
         self.call = call
@@ -46,24 +49,36 @@ class Neighbours:
     def source(self, step: int) -> int:
         return (self.call.rank - step) % self.ranks
 
-    def buffer(self, name: str, step: int, source: int, dtype: torch.dtype) -> Pair:
-        """One of two pairs of buffers, shaped like the keys and values of `source`."""
-        length = self.call.plan.layout.lengths[source]
+    def held(self, step: int) -> slice:
+        """The keys of a step's shard that are here: those that this rank or one further on looks at."""
+        if step % self.ranks == 0:
+            return slice(0, self.k.shape[1])
+        return self.call.plan.cargo(self.source(step), step)
+
+    def segments(self, step: int) -> Segments:
+        """What this rank's queries see of the keys that are here."""
+        seen, held = self.call.plan.segments(self.call.rank, self.source(step)), self.held(step)
+        return seen if held.start == 0 else within(seen, held.start, held.stop)
+
+    def buffer(self, name: str, step: int, keys: slice, dtype: torch.dtype) -> Pair:
+        """One of two pairs of buffers for some keys and values."""
         k, v = (
-            self.call.buffers.take((name, part, step % 2), (x.shape[0], length, *x.shape[2:]), x, dtype)
+            self.call.buffers.take((name, part, step % 2), (x.shape[0], keys.stop - keys.start, *x.shape[2:]), x, dtype)
             for part, x in (("k", self.k), ("v", self.v))
         )
         return k, v
 
     def pass_shard(self, step: int, shard: Pair | None) -> tuple[list[Message], list[Message], Pair | None]:
-        """Sends the shard of this step on, if someone further needs it, and receives the next step's."""
+        """Sends on what someone further needs of this step's shard, and receives the next step's."""
         plan = self.call.plan
         sends, receives, arriving = [], [], None
         if shard is not None and step < plan.reach(self.source(step)):
-            sends = [Message(x, self.next) for x in shard]
+            held, wanted = self.held(step), plan.cargo(self.source(step), step + 1)
+            keys = slice(wanted.start - held.start, wanted.stop - held.start)
+            sends = [Message(x[:, keys].contiguous(), self.next) for x in shard]
         upcoming = self.source(step + 1)
         if step + 1 <= plan.reach(upcoming) and step + 1 < self.ranks:
-            arriving = self.buffer("shard", step, upcoming, self.k.dtype)
+            arriving = self.buffer("shard", step, self.held(step + 1), self.k.dtype)
             receives = [Message(x, self.previous) for x in arriving]
         return sends, receives, arriving
 
@@ -74,11 +89,12 @@ class Neighbours:
         return self.call.transport.exchange(sends, receives)
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None) -> Pair:
     """Attention of this rank's queries over the whole sequence.
 
     Args:
         q (Tensor): [B, L, H, D] this rank's queries; k [B, L, G, D], v [B, L, G, E] its keys and values.
+        running: (out, lse) that rows start from, in the accumulate dtype; may be written to.
 
     Returns:
         out [B, L, H, E] in the dtype of q, lse [B, H, L] in fp32 (fp64 for fp64 inputs).
@@ -86,7 +102,6 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
     plan, rank = call.plan, call.rank
     ring = Neighbours(call, k, v)
     seeing = [step for step in range(plan.ranks) if plan.segments(rank, ring.source(step))]
-    running: Pair | None = None
     shard: Pair | None = (k.contiguous(), v.contiguous())
     for step in range(plan.ranks):
         sends, receives, arriving = ring.pass_shard(step, shard)
@@ -96,22 +111,20 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Pair:
             running = call.kernel.forward(
                 q,
                 *shard,
-                plan.segments(rank, ring.source(step)),
+                ring.segments(step),
                 scale=call.scale,
                 running=running,
                 out_dtype=q.dtype if step == seeing[-1] else None,
             )
         wait()
         shard = arriving
-    if running is None:
-        out, lse = nothing_seen(q, v)
-        return out.to(q.dtype), lse
-    return running
+    out, lse = running or nothing_seen(q, v)
+    return out.to(q.dtype), lse
 
 
 def first_hop(plan: Plan, source: int) -> int:
     """How many hops a shard of keys has gone when another rank first looks at it; the number of ranks if none does."""
-    hops = (hop for hop in range(1, plan.ranks) if plan.segments((source + hop) % plan.ranks, source))
+    hops = (hop for hop in range(1, plan.ranks) if plan.work[(source + hop) % plan.ranks, source])
     return plan.derive(("first hop", source), lambda: next(hops, plan.ranks))
 
 
@@ -141,23 +154,26 @@ def backward(
             peer = ring.next if step <= plan.reach(behind) else behind
             sends += [Message(x, peer) for x in gathered]
         if step < plan.ranks and first_hop(plan, source) < step <= plan.reach(source):
-            joining = ring.buffer("gradient", step, source, dtype)
+            joining = ring.buffer("gradient", step, plan.cargo(source, 1), dtype)
             receives += [Message(x, ring.previous) for x in joining]
         if 0 < plan.reach(rank) == step - 1:
-            home = ring.buffer("home", 0, rank, dtype)
-            parts = [Part(slice(0, k.shape[1]), *home)]
+            home = ring.buffer("home", 0, plan.cargo(rank, 1), dtype)
+            parts = [Part(plan.cargo(rank, 1), *home)]
             receives += [Message(x, (rank + step - 1) % plan.ranks) for x in home]
         wait = ring.exchange(sends, receives)
         part: Pair | None = None
         if step in (0, plan.ranks):
             work.own_keys(work.last if step else work.first)
-        elif segments := plan.segments(rank, source):
+        elif plan.segments(rank, source):
             assert shard is not None
-            part = work.differentiate(*shard, segments)
+            part = work.differentiate(*shard, ring.segments(step))
         wait()
         shard = arriving
         if part is not None and joining is not None:
-            gathered = joining[0].add_(part[0]), joining[1].add_(part[1])
+            begin = ring.held(step).start - plan.cargo(source, 1).start  # gradients go round whole
+            for total, fresh in zip(joining, part, strict=True):
+                total[:, begin : begin + fresh.shape[1]].add_(fresh)
+            gathered = joining
         else:
             gathered = part or joining
     return work.settle(parts)

@@ -58,32 +58,24 @@ class Engine:
         self.driver, self.runtime = driver, runtime
         self.any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
 
-    def copy(self, destination: Tensor, source: Tensor, stream: int) -> None:
-        """A copy of a tensor whose rows are contiguous."""
+    def copying(self, destination: Tensor, source: Tensor) -> tuple[Callable[..., Any], tuple]:
+        """The call that copies a tensor whose rows are contiguous, and its arguments but for the stream."""
         size = source.element_size()
+        addresses = destination.data_ptr(), source.data_ptr()
         if destination.is_contiguous() and source.is_contiguous():
-            (error,) = self.runtime.cudaMemcpyAsync(
-                destination.data_ptr(), source.data_ptr(), source.numel() * size, self.any_direction, stream
-            )
-        else:
-            (error,) = self.runtime.cudaMemcpy2DAsync(
-                destination.data_ptr(),
-                destination.stride(0) * size,
-                source.data_ptr(),
-                source.stride(0) * size,
-                source[0].numel() * size,
-                source.shape[0],
-                self.any_direction,
-                stream,
-            )
+            return self.runtime.cudaMemcpyAsync, (*addresses, source.numel() * size, self.any_direction)
+        to, come = addresses
+        pitches = to, destination.stride(0) * size, come, source.stride(0) * size
+        return self.runtime.cudaMemcpy2DAsync, (*pitches, source[0].numel() * size, source.shape[0], self.any_direction)
+
+    def run(self, operation: Callable[..., Any], *arguments: Any) -> None:
+        (error,) = operation(*arguments)
         if error:
-            raise TransportError(f"a copy of {tuple(source.shape)} between GPUs failed: {error.name}")
+            raise TransportError(f"{operation.__name__} failed: {error.name}")
 
     def write(self, address: int, value: int, stream: int) -> None:
         """A word of 32 bits, after all that the stream holds is visible."""
-        (error,) = self.driver.cuStreamWriteValue32(stream, address, value, 0)
-        if error:
-            raise TransportError(f"a write to another GPU's memory failed: {error.name}")
+        self.run(self.driver.cuStreamWriteValue32, stream, address, value, 0)
 
 
 class SymmetricMemory:
@@ -109,6 +101,7 @@ class SymmetricMemory:
         self.engines = torch.cuda.Stream(device, priority=-1)
         self.start = torch.cuda.Event()
         self.waiting: Any = None
+        self.known: dict[int, tuple[Sequence[Move | Mark], list]] = {}
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
@@ -154,9 +147,21 @@ class SymmetricMemory:
         self.generation += 1
         self.barrier(f"free/{self.generation}")  # nobody uses the old memory any more
         self.regions, self.arena = [], None
+        self.known.clear()
         self.arena = self.map(sum(self.sizes))
         self.regions = [memory.split(self.sizes) for memory in self.arena.of_rank]
         self.barrier(f"mapped/{self.generation}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved on this GPU; torch's allocator does not count them."""
+        return sum(self.sizes)
+
+    def release(self) -> None:
+        """Gives back what was reserved. Collective."""
+        self.generation += 1
+        self.barrier(f"free/{self.generation}")
+        self.sizes, self.regions, self.arena = (), [], None
 
     def region(self, rank: int, index: int) -> Tensor:
         """See `Symmetric.region`."""
@@ -196,12 +201,12 @@ class SymmetricMemory:
         self.start.record(torch.cuda.current_stream(self.device))
         self.engines.wait_event(self.start)
         stream = self.engines.cuda_stream
-        for move in moves:
-            if isinstance(move, Move):
-                self.engine.copy(*move, stream)
+        for operation, arguments in self.lowered(moves):
+            if operation is not None:
+                self.engine.run(operation, *arguments, stream)
             else:
-                for index in range(move.words.numel()):
-                    self.engine.write(move.words.data_ptr() + 4 * index, self.meetings, stream)
+                for word in arguments:
+                    self.engine.write(word, self.meetings, stream)
         if notify:
             self.notified += 1
             self.tell(NOTIFIED, self.notified, stream)
@@ -213,9 +218,25 @@ class SymmetricMemory:
 
         return wait
 
+    def lowered(self, moves: Sequence[Move | Mark]) -> list[tuple[Callable[..., Any] | None, tuple]]:
+        """Calls and arguments; None with the addresses of words to mark. Kept for a tuple, which cannot change."""
+        known = self.known.get(id(moves))
+        if known is not None:
+            return known[1]
+        calls: list[tuple[Callable[..., Any] | None, tuple]] = []
+        for move in moves:
+            if isinstance(move, Move):
+                calls.append(self.engine.copying(*move))
+            else:
+                calls.append((None, tuple(move.words.data_ptr() + 4 * index for index in range(move.words.numel()))))
+        if isinstance(moves, tuple):
+            self.known[id(moves)] = moves, calls  # held, so that nothing else gets its id
+        return calls
+
     def confirm(self) -> None:
         """See `Symmetric.confirm`."""
-        self.engine.copy(self.was_late, self.late, torch.cuda.current_stream(self.device).cuda_stream)
+        operation, arguments = self.engine.copying(self.was_late, self.late)
+        self.engine.run(operation, *arguments, torch.cuda.current_stream(self.device).cuda_stream)
 
     def collect(self) -> None:
         """See `Symmetric.collect`."""

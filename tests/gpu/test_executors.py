@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.gang import run_ranks
+from tests.ranks import test_packed as packed
 from tests.ranks.test_attention import CASES, check_cases
 from tests.soak import die_in_the_middle, soak
 
@@ -22,6 +23,14 @@ def test_equal_to_one_rank(executor):
     """All layouts, masks, lengths and batches with one choice of heads: every other one compiles kernels anew."""
     cases = [case for case in CASES if case[1] == (8, 2) and case[-1] != torch.float32]
     run_ranks(GPUS, check_cases, random.Random(0).sample(cases, 40), "cuda", executor, backend="nccl", timeout=280)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_packed_documents_and_windows(executor):
+    """All layouts; bf16 and one choice of heads, for the same reason."""
+    cases = [case for case in packed.CASES if case[2] == (8, 2) and case[-1] != torch.float32]
+    cases = random.Random(0).sample(cases, 40)
+    run_ranks(GPUS, packed.check_cases, cases, "cuda", executor, backend="nccl", timeout=280)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

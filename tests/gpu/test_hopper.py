@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ringattn.kernels.interface import Arrival
 from ringattn.kernels.segments import Segment, Segments
 
 pytestmark = [
@@ -26,7 +27,6 @@ SECOND = 10**9
 @pytest.fixture(scope="module")
 def forward():
     """Causal attention over four sources of keys, and error; takes flags [SOURCES, GROUPS] and the patience in ns."""
-    from ringattn.kernels.hopper_forward_launch import Arrival
     from ringattn.kernels.hopper_forward_launch import forward as launch
 
     length = SOURCES * SLOT

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from ringattn.kernels.interface import Capped
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.registry import KERNELS, choose_kernel
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
@@ -36,7 +37,9 @@ def cut(rows: int, keys: int, draw: random.Random) -> Segments:
     return Segments(segment._replace(window=draw.choice([NO_WINDOW, draw.randint(0, 30)])) for segment in grid)
 
 
-def against_the_specification(kernel: str, dtype: torch.dtype, seed: int, device: str = "cpu") -> None:
+def against_the_specification(
+    kernel: str, dtype: torch.dtype, seed: int, device: str = "cpu", softcap: float = 0.0
+) -> None:
     draw = random.Random(seed)
     rows, keys = draw.randint(1, 40), draw.randint(1, 40)
     q_heads, kv_heads = draw.choice([(4, 4), (4, 2), (4, 1)])
@@ -45,9 +48,12 @@ def against_the_specification(kernel: str, dtype: torch.dtype, seed: int, device
     _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1, device)
     inputs = Inputs(q, k, v, dout)
     segments = cut(rows, keys, draw)
-    expected = attend(ReferenceKernel(), Inputs(*(x.double() for x in inputs)), segments, 0.3)
-    baseline = attend(ReferenceKernel(), inputs, segments, 0.3)
-    got = attend(KERNELS[kernel], inputs, segments, 0.3)
+    specification, tried = ReferenceKernel(), KERNELS[kernel]
+    if softcap:
+        specification, tried = Capped(specification, softcap), Capped(tried, softcap)
+    expected = attend(specification, Inputs(*(x.double() for x in inputs)), segments, 0.3)
+    baseline = attend(specification, inputs, segments, 0.3)
+    got = attend(tried, inputs, segments, 0.3)
     assert_close(got, expected, baseline)
 
 
@@ -55,6 +61,26 @@ def against_the_specification(kernel: str, dtype: torch.dtype, seed: int, device
 @pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in DTYPES for dtype in DTYPES[name]], ids=str)
 def test_random_segments(name, dtype, seed):
     against_the_specification(name, dtype, seed)
+
+
+CAPPING = [(name, dtype) for name in DTYPES for dtype in DTYPES[name] if KERNELS[name].caps_scores]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("name", "dtype"), CAPPING, ids=str)
+def test_capped_scores(name, dtype, seed):
+    against_the_specification(name, dtype, seed, softcap=(0.3, 2.0, 50.0)[seed % 3])
+
+
+def test_a_kernel_that_does_not_cap_scores_is_passed_over():
+    q, k, v = torch.zeros(3, 1, 4, 2, 8)
+    choice = choose_kernel("auto", q, k, v, softcap=30.0)
+    assert choice.kernel.name == "reference"
+    assert "aten refused: it does not cap scores" in choice.reason
+    with pytest.raises(NotImplementedError, match="kernel='aten' cannot take these inputs: it does not cap scores"):
+        choose_kernel("aten", q, k, v, softcap=30.0)
+    with pytest.raises(NotImplementedError, match="kernel='aten' does not cap scores; use kernel='auto'"):
+        Capped(KERNELS["aten"], 30.0)
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -175,7 +175,7 @@ def test_one_sum_of_two_is_given(tiling, given):
     expected = dict(
         zip(("dq", "dk", "dv"), KERNEL.backward(dout, q, k, v, out, lse, delta, segments, scale=0.3), strict=True)
     )
-    total = {given: torch.ones_like(expected[given])}
+    total: dict[str, Any] = {given: torch.ones_like(expected[given])}
     got = KERNEL.backward(dout, q, k, v, out, lse, delta, segments, scale=0.3, **total)
     expected[given] += 1
     torch.testing.assert_close(dict(zip(("dq", "dk", "dv"), got, strict=True)), expected)

@@ -24,7 +24,7 @@ from tests.gang import run_ranks
 from tests.launch.test_bench import FIELDS
 
 RESULT = FIELDS - {"min_ms", "max_ms"}
-ADDED = {"synchronised_ms", "exposed_ms", "one_gpu_ms", "one_gpu_impl", "ranks", "kernel"}
+ADDED = {"executor", "predicted_ms", "synchronised_ms", "exposed_ms", "one_gpu_ms", "one_gpu_impl", "ranks", "kernel"}
 SHAPE = {"tokens": [24], "q_heads": 4, "kv_heads": 2, "head_dim": 16, "patience": 60.0}
 QUICK = {"rounds": 1, "budget_ms": 1.0}
 OURS = "ringattn-aten-ring-zigzag"
@@ -200,6 +200,7 @@ def test_what_the_records_of_scaling_hold(measured):
         assert 0 < each["min_ms"] <= each["median_ms"] <= each["max_ms"]
         assert each["efficiency"] == pytest.approx(each["one_gpu_ms"] / each["median_ms"] / 2)
         assert each["one_gpu_impl"] == "ringattn-aten"
+        assert each["executor"] == ("ring" if each["impl"].startswith("ringattn-") else None)
     first = records[0]
     assert (first["seq_len"], first["ranks"], first["pass"], first["mask"]) == (48, 2, "forward", "causal")
     assert first["tflops_per_gpu"] == pytest.approx(2 * 4 * 4 * 16 * 48**2 / 2 / first["median_ms"] / 1e9 / 2)

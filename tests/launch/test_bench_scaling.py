@@ -10,6 +10,7 @@ from ringattn.launch.benchmarks.baselines import AllGather, Ulysses
 from ringattn.launch.benchmarks.cases import named_case
 from ringattn.launch.benchmarks.contest import over_ranks
 from ringattn.launch.oracle import Inputs, attend_on_one_rank, make_inputs
+from ringattn.layout import LAYOUTS
 from ringattn.plan import make_plan
 from tests.gang import run_ranks
 
@@ -18,10 +19,10 @@ CPU = torch.device("cpu")
 
 def test_the_slowest_rank_counts():
     ranks = [
-        {"ahead": [1.0, 5.0], "synchronised": [3.0], "gib": 0.5},
-        {"ahead": [2.0, 4.0], "synchronised": [2.0], "gib": 0.75},
+        {"ahead": [1.0, 5.0], "synchronised": [3.0], "gib": 0.5, "expects": {}},
+        {"ahead": [2.0, 4.0], "synchronised": [2.0], "gib": 0.75, "expects": {}},
     ]
-    assert over_ranks(ranks) == {"ahead": [2.0, 5.0], "synchronised": [3.0], "gib": 0.75}
+    assert over_ranks(ranks) == {"ahead": [2.0, 5.0], "synchronised": [3.0], "gib": 0.75, "expects": {}}
 
 
 def peers_without_a_gpu(rank):
@@ -68,12 +69,12 @@ def test_a_share_of_the_work_is_what_the_ring_computes(layout):
 
 def test_one_thing_at_a_time_is_changed_unless_all_is_asked_for(monkeypatch):
     monkeypatch.setattr(ranks, "NAMED_EXECUTORS", ("ring", "pull", "auto"))
-    ways = {"aten-ring-zigzag", "aten-pull-zigzag", "aten-auto-zigzag", "aten-ring-contiguous", "aten-ring-striped"}
+    ways = {"aten-pull-zigzag", "aten-auto-zigzag", *(f"aten-ring-{layout}" for layout in LAYOUTS)}
     ways |= {f"{name}-ring-zigzag" for name in KERNELS if name != "reference"}
     assert ranks.standard("aten") == {f"ringattn-{way}" for way in ways}
     assert [each.name for each in scaling.ScalingBench(implementations=["ul*", "*-aten-ring-*"]).chosen(CPU)] == [
         "ulysses",
-        *(f"ringattn-aten-ring-{layout}" for layout in ("contiguous", "zigzag", "striped")),
+        *(f"ringattn-aten-ring-{layout}" for layout in LAYOUTS),
     ]
 
 

@@ -31,9 +31,9 @@ def test_two_ranks_pass_and_leave_records(tmp_path):
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "8 passed, 0 failed" in done.stdout
+    assert "16 passed, 0 failed" in done.stdout
     records = read_records(tmp_path / "check.jsonl")
-    assert [record["part"] for record in records] == ["forward", "dq", "dk", "dv"] * 2
+    assert [record["part"] for record in records] == ["forward", "dq", "dk", "dv"] * 4
     for record in records:
         assert record["bench"] == "check"
         assert record["ranks"] == 2
@@ -65,6 +65,8 @@ def test_wrong_shapes_and_names_are_refused():
         check.Check(kv_heads=3)
     with pytest.raises(ValueError, match="layouts=zigzig: expected one of contiguous, zigzag, striped"):
         check.Check(layouts=["zigzig"])
+    with pytest.raises(ValueError, match="masks=sliding: expected one of causal, none, window, packed"):
+        check.Check(masks=["sliding"])
 
 
 def test_the_oracle_is_softmax_attention():

@@ -1,6 +1,7 @@
 """Batches: a function of (seed, step) alone; labels are the next byte, and none where another file begins."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def corpus(small: settings.Train) -> Corpus:
 
 
 def test_labels_are_the_next_byte(corpus: Corpus):
-    ids, labels = corpus.batch(seed=0, step=3)
+    ids, labels, _ = corpus.batch(seed=0, step=3)
     assert ids.shape == labels.shape == (4, 50)
     after_end = ids == END
     assert after_end.any(), "no file ends in this batch; the test needs one that does"
@@ -31,7 +32,7 @@ def test_labels_are_the_next_byte(corpus: Corpus):
 
 
 def test_a_batch_depends_on_seed_step_and_split_only(corpus: Corpus, small: settings.Train):
-    ids, labels = corpus.batch(1, 2)
+    ids, labels, _ = corpus.batch(1, 2)
     again = Corpus(small.data).batch(1, 2)
     assert torch.equal(ids, again[0])
     assert torch.equal(labels, again[1])
@@ -40,10 +41,33 @@ def test_a_batch_depends_on_seed_step_and_split_only(corpus: Corpus, small: sett
 
 
 def test_rows_are_rows_of_the_whole_batch(corpus: Corpus):
-    ids, labels = corpus.batch(0, 1)
+    ids, labels, _ = corpus.batch(0, 1)
     parts = [corpus.batch(0, 1, rows=slice(2 * i, 2 * i + 2)) for i in range(2)]
     assert torch.equal(ids, torch.cat([part[0] for part in parts]))
     assert torch.equal(labels, torch.cat([part[1] for part in parts]))
+
+
+def test_packed_documents(small: settings.Train):
+    """Stretches of the text whose last token has no label; all rows of a step are cut alike, steps are not."""
+    data = dataclasses.replace(small.data, document_mean=12, document_longest=30)
+    corpus = Corpus(data)
+    text = bytes(corpus._bytes["train"])
+    lengths = set()
+    for step in range(5):
+        ids, labels, cu_seqlens = corpus.batch(seed=0, step=step)
+        assert cu_seqlens is not None
+        assert cu_seqlens[-1] == ids.shape[1] == 50
+        lengths.add(tuple(cu_seqlens.tolist()))
+        assert cu_seqlens.diff().max() <= 30
+        for row in range(4):
+            for start, end in itertools.pairwise(cu_seqlens.tolist()):
+                document, expected = ids[row, start:end], ids[row, start + 1 : end]
+                assert bytes(document.tolist()) in text
+                assert labels[row, end - 1] == IGNORED
+                assert torch.equal(labels[row, start : end - 1], expected.masked_fill(document[:-1] == END, IGNORED))
+    assert len(lengths) == 5
+    part = Corpus(data).batch(0, 1, rows=slice(2, 4))
+    assert torch.equal(part.ids, corpus.batch(0, 1).ids[2:])
 
 
 def test_files_are_whole_and_on_one_side(corpus: Corpus, text: Path):

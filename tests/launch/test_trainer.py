@@ -1,13 +1,16 @@
 """Training on several ranks is training on one: same losses, same weights, whatever the grid and the layout."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from ringattn.launch import metrics, settings
+from ringattn.launch.data import IGNORED
 from ringattn.launch.gang import Place
 from ringattn.launch.trainer import Trainer
 from tests.gang import run_ranks
@@ -58,6 +61,34 @@ def test_several_ranks_equal_one(alone, small: settings.Train, tmp_path: Path, r
     for name, weight in per_rank[0].items():
         np.testing.assert_allclose(weight, weights[name], rtol=0, atol=1e-3)
         assert all(np.array_equal(weight, other[name]) for other in per_rank[1:]), f"ranks drifted apart in {name}"
+
+
+def test_packed_documents_train_alike_on_1_2_and_4_ranks(small: settings.Train, tmp_path: Path):
+    data = dataclasses.replace(small.data, seq_len=1100, document_mean=150)  # several chunks for each of two ranks
+    small = dataclasses.replace(small, data=data, steps=3)
+    runs = {}
+    for ranks, layout in ((1, "balanced"), (2, "balanced"), (4, "balanced"), (4, "zigzag")):
+        parallel = dataclasses.replace(small.parallel, layout=layout)
+        folder = tmp_path / f"{ranks}-{layout}"
+        run_ranks(ranks, trained, dataclasses.replace(small, parallel=parallel), folder, ranks)
+        runs[folder.name] = losses(folder)
+    for name, run in runs.items():
+        assert run == pytest.approx(runs["1-balanced"], abs=2e-5), name
+    assert runs["1-balanced"][3] < runs["1-balanced"][1]
+
+
+def test_a_packed_document_is_as_if_it_were_alone(small: settings.Train, tmp_path: Path):
+    data = dataclasses.replace(small.data, seq_len=300, document_mean=40)
+    trainer = Trainer(dataclasses.replace(small, data=data), tmp_path, Place(0, 1, torch.device("cpu"), "a test"))
+    part = trainer.part(1, "train")
+    assert part.cu_seqlens is not None
+    total, labelled = 0.0, 0
+    for start, end in itertools.pairwise(part.cu_seqlens.tolist()):
+        logits = trainer.model(part.ids[:, start:end], trainer.cp, end - start)
+        labels = part.labels[:, start:end]
+        total += functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum").item()
+        labelled += int((labels != IGNORED).sum())
+    assert trainer.loss(part).item() == pytest.approx(total / labelled, abs=1e-6)
 
 
 def test_ranks_without_tokens_take_part(small: settings.Train, tmp_path: Path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ringattn.cost import MEMORY_SHARE, Workload, choose_executor, predict, seconds
+from ringattn.cost import ALIKE, MEMORY_SHARE, Workload, choose_executor, predict, seconds
 from ringattn.plan import make_plan
 
 
@@ -21,11 +21,13 @@ def test_links_take_longer_for_more():
 
 @pytest.mark.parametrize("tokens", [512, 2048, 8192, 32768])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_the_choice_is_the_least_prediction(tokens, ranks):
+def test_the_choice_is_among_the_least_predictions_the_smallest(tokens, ranks):
     load = workload(tokens, ranks)
     choice = choose_executor("auto", load)
-    assert choice.predictions[0].total == min(prediction.total for prediction in predict(load))
-    assert (choice.executor, choice.schedule) == choice.predictions[0][:2]
+    least = min(prediction.total for prediction in predict(load))
+    alike = [prediction for prediction in predict(load) if prediction.total <= least * (1 + ALIKE)]
+    best = next(prediction for prediction in alike if prediction[:2] == (choice.executor, choice.schedule))
+    assert best.memory == min(prediction.memory for prediction in alike)
     for named in ("ring", "gather", "pull"):
         assert choose_executor(named, load).executor == named
 

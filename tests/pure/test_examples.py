@@ -7,14 +7,18 @@ import pytest
 
 MODULES = [
     "ringattn.agreement",
+    "ringattn.balance",
     "ringattn.context",
+    "ringattn.documents",
     "ringattn.kernels.aten",
     "ringattn.kernels.merge",
     "ringattn.kernels.segments",
     "ringattn.kernels.tiles",
     "ringattn.kernels.turns",
+    "ringattn.launch.packing",
     "ringattn.layout",
     "ringattn.mask",
+    "ringattn.pieces",
     "ringattn.plan",
 ]
 

@@ -15,7 +15,7 @@ def test_every_token_lives_on_one_rank(name, seq_len, ranks):
     positions = [layout.positions(rank) for rank in range(ranks)]
     assert tuple(len(p) for p in positions) == layout.lengths
     assert torch.cat(positions).sort().values.tolist() == list(range(seq_len))
-    assert max(layout.lengths) - min(layout.lengths) <= (2 if name == "zigzag" else 1)
+    assert max(layout.lengths) - min(layout.lengths) <= {"zigzag": 2, "balanced": 32}.get(name, 1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -42,7 +42,7 @@ def test_wrong_lengths_and_names_raise():
         layout.shard(torch.zeros(9), 0, 0)
     with pytest.raises(ValueError, match="pass the seq_len that was sharded"):
         layout.unshard([torch.zeros(5), torch.zeros(4)], 0)
-    with pytest.raises(ValueError, match="choose one of contiguous, zigzag, striped"):
+    with pytest.raises(ValueError, match="choose one of contiguous, zigzag, striped, balanced"):
         make_layout("zigzig", 10, 2)
     with pytest.raises(ValueError, match="at least one rank"):
         make_layout("zigzag", 10, 0)

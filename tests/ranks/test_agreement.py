@@ -26,6 +26,14 @@ DISAGREEMENTS = [
     ({"seq_len": 13}, "seq_len is 12 on rank 0, 2 and 13 on rank 1; the shards hold 12 tokens in all"),
     ({"tokens": 5}, "seq_len is 12 on rank 0, 2 and 15 on rank 1; the shards hold 13 tokens .* pass seq_len=13"),
     ({"causal": False}, "causal is True on rank 0, 2 and False on rank 1"),
+    (
+        {"window_size": 3},
+        r"window_size is '\(-1, 0\)' on rank 0, 2 and '\(2, 0\)' on rank 1; make window_size the same",
+    ),
+    ({"cu_seqlens": [0, 9]}, "cu_seqlens is 'None' on rank 0, 2 and '1 document of 9 tokens in all, .*' on rank 1"),
+    ({"balance": ringattn.Mask()}, "balance is 'causal' on rank 0, 2 and 'none' on rank 1"),
+    ({"softcap": 5.0}, "softcap is 0.0 on rank 0, 2 and 5.0 on rank 1"),
+    ({"sinks": torch.zeros(4)}, "sinks is 'none' on rank 0, 2 and 'torch.float32' on rank 1"),
     ({"batch": 2}, "batch is 1 on rank 0, 2 and 2 on rank 1"),
     ({"q_heads": 8}, "q_heads is 4 on rank 0, 2 and 8 on rank 1"),
     ({"kv_heads": 1}, "kv_heads is 2 on rank 0, 2 and 1 on rank 1"),
@@ -39,6 +47,9 @@ REFUSALS = [
     ({"kv_heads": 3}, "ValueError: got q .*; k and v must have equally many heads, and q a multiple of them"),
     ({"dtype": torch.int32}, "TypeError: got torch.int32; cast q, k and v to one of"),
     ({"layout": "zigzig"}, "ValueError: got layout='zigzig'; choose one of contiguous, zigzag, striped"),
+    ({"cu_seqlens": [0, 13]}, "ValueError: got cu_seqlens up to 13 for a sequence of 12 tokens"),
+    ({"cu_seqlens": [0, 3, 2]}, r"ValueError: got cu_seqlens=\[0, 3, 2\]; it must begin with 0 and never fall"),
+    ({"sinks": torch.zeros(3)}, r"ValueError: got sinks \(3,\) of torch.float32 for 4 query heads"),
     ({"kernel": "cudnn"}, "NotImplementedError: kernel='cudnn' cannot take these inputs: cuDNN runs on CUDA"),
 ]
 

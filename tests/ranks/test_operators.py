@@ -21,10 +21,12 @@ def operator_checks(rank: int, ranks: int) -> None:
     q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     group = group_name(None)
     settings = Settings(group, "zigzag", 6 * ranks, True, 0.3, "reference", "ring")
-    torch.library.opcheck(torch.ops.ringattn.forward.default, (q, k, v, *settings))
-    out, lse = torch.ops.ringattn.forward(q, k, v, *settings)
-    arguments = (x.detach() for x in (out, lse, q, k, v, out, lse))
-    torch.library.opcheck(torch.ops.ringattn.backward.default, (*arguments, *settings))
+    sinks, cu_seqlens = torch.linspace(-1, 1, 4).double().requires_grad_(), torch.tensor([0, 5, 6 * ranks])
+    for more in ((None, None), (sinks, cu_seqlens)):
+        torch.library.opcheck(torch.ops.ringattn.forward.default, (q, k, v, *more, *settings))
+        out, lse = torch.ops.ringattn.forward(q, k, v, *more, *settings)
+        arguments = (None if x is None else x.detach() for x in (out, lse, q, k, v, out, lse, *more))
+        torch.library.opcheck(torch.ops.ringattn.backward.default, (*arguments, *settings))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
