@@ -152,4 +152,4 @@ def layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a block lies in shared memory."""
     if len(block) == 2:  # one number per row
         return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])
+    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])  # pyright: ignore[reportReturnType]
