@@ -142,8 +142,11 @@ def per_row(x: Tensor, shifts: int) -> CheckedDescriptor:
     """x [B, H, L] as [B * H * shifts, L]: copies of every row of x that begin at its first number, its second, ..."""
     length = x.shape[-1]
     even = -length % 4
-    copies = [pad(x[..., i:], (0, even + i)) for i in range(shifts)]
-    x = (torch.stack(copies, 2) if shifts > 1 else copies[0].contiguous()).view(-1, length + even)
+    if shifts > 1:
+        x = torch.stack([pad(x[..., i:], (0, even + i)) for i in range(shifts)], 2)
+    elif even:
+        x = pad(x, (0, even))
+    x = x.contiguous().view(-1, length + even)
     return CheckedDescriptor(x, list(x.shape), [x.shape[1], 1], [1, ROWS], layout((1, ROWS), x.dtype))
 
 
