@@ -133,8 +133,8 @@ class AtenKernel:
     def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None) -> tuple[Tensor, Tensor]:
         out, lse = running or nothing_seen(q, v)
         for piece in native_pieces(segments):
-            inputs = (piece.turned(x) for x in (q[:, piece.rows], k[:, piece.keys], v[:, piece.keys]))
-            part, part_lse = self.attend(*inputs, piece.seen != "whole", scale)
+            q_part, k_part, v_part = (piece.turned(x) for x in (q[:, piece.rows], k[:, piece.keys], v[:, piece.keys]))
+            part, part_lse = self.attend(q_part, k_part, v_part, piece.seen != "whole", scale)
             merge_(out[:, piece.rows], lse[:, :, piece.rows], piece.turned(part), piece.turned(part_lse, 2))
         return out.to(out_dtype or out.dtype), lse
 
