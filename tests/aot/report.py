@@ -84,7 +84,7 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
         hopper_forward_launch.forward(q, k, v, segments, 0.1, None, dtype)
         hopper_forward_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
         for deterministic in (False, True):
-            inputs = (dout, q, k, v, out, lse, delta, segments, 0.1)
+            inputs = (dout, q, k, v, lse, delta, segments, 0.1)
             hopper_backward_launch.backward(*inputs, None, None, None, deterministic)
             hopper_backward_launch.backward(*inputs, dq, dk, dv, deterministic)
 
