@@ -120,6 +120,10 @@ ALL = {
     "rivals": scaling.ScalingBench(
         **SHAPE, **QUICK, dtype="bf16", implementations=RIVALS, passes=["forward"], ahead=3
     ),
+    "packed": scaling.ScalingBench(
+        **SHAPE, **QUICK, ahead=1, mask="packed-lognormal", passes=["forward"],
+        implementations=["ringattn-aten-ring-balanced", "allgather", "ulysses"],
+    ),
     "soon": scaling.ScalingBench(
         **SHAPE, **QUICK, ahead=1, implementations=["ulysses"]
     ),
@@ -173,6 +177,15 @@ def test_only_what_is_right_on_every_rank_gets_a_figure(gang):
     elsewhere, silence = gang[1]["contest"]
     assert not silence
     assert len(elsewhere) == len(records)
+
+
+def test_packed_documents_are_measured_too(measured):
+    records, printed = measured["packed"]
+    assert [(each["impl"], each["mask"]) for each in records] == [
+        ("ringattn-aten-ring-balanced", "packed-lognormal"),
+        ("allgather", "packed-lognormal"),
+    ]
+    assert "no figure for ulysses: is not called with the mask packed-lognormal here" in printed
 
 
 def test_what_was_measured_before_the_deadline_is_kept(measured):
