@@ -13,12 +13,12 @@ from .portable import TritonKernel
 __all__ = ["HopperKernel"]
 
 DTYPES = (torch.bfloat16, torch.float16)
-WIDEST_BACKWARD = 128  # dK and dV of wider heads do not fit into registers
 UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
 
 
 class HopperKernel(TritonKernel):
-    """The portable kernels, where there is none of its own: in the backward, for head dims over 128.
+    """The portable kernels, where there is none of its own or they are faster: in the backward, for head dims over 128,
+    and for keys so few that tiles of 128 would leave multiprocessors idle.
 
     The same inputs give the same bits, but for dq: programs add to it in any order. With
     `torch.use_deterministic_algorithms(True)` they do so in a fixed one.
@@ -49,9 +49,9 @@ class HopperKernel(TritonKernel):
         return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
-        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST_BACKWARD:
-            return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        from .hopper_backward_launch import backward
+        from .hopper_backward_launch import WIDEST, backward, fills
 
+        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST or not fills(k):
+            return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         deterministic = torch.are_deterministic_algorithms_enabled()
         return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, deterministic)

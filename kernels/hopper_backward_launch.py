@@ -9,18 +9,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.experimental.gluon import language as gl
 
-from .hopper_arguments import NARROWEST, TYPES, CheckedDescriptor, processors
+from .hopper_arguments import NARROWEST, CheckedDescriptor, describable, described, processors
 from .hopper_backward import hopper_backward_kernel
 from .segments import Segments
 from .tiles import Work, key_tiles
-from .triton_arguments import block_width, describe
+from .triton_arguments import block_width
 from .triton_launch import MOST_TILES, launch, positive, section
 from .turns import Turns, turns_of
 
-__all__ = ["backward"]
+__all__ = ["WIDEST", "backward", "fills"]
 
+WIDEST = 128  # head dim; dK and dV of wider ones do not fit into registers
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
+
+
+def fills(k: Tensor) -> bool:
+    """Whether there are as many tiles of these keys, [B, M, G, D], as the GPU has multiprocessors."""
+    batch, keys, groups, _ = k.shape
+    return batch * groups * -(-keys // KEYS) >= processors(k.device)
 
 
 def backward(
@@ -37,7 +44,7 @@ def backward(
     dv: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128.
+    """`Kernel.backward`, for bfloat16 and float16 and head dims up to `WIDEST`.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     A fresh dq has its heads before its rows in memory: adding to it touches fewer pages.
@@ -120,22 +127,6 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
-def describable(x: Tensor) -> bool:
-    return (
-        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and describe(x.shape, x.stride(), x.element_size(), 1) is not None
-    )
-
-
-def described(x: Tensor, rows: int, width: int) -> CheckedDescriptor:
-    """x [B, L, H, D] as [B, H, L, D] in blocks of rows x width, or a copy of it where it cannot be described. What lies
-    outside of x reads as zero and is not written."""
-    x = x if describable(x) else x.contiguous()
-    form = describe(x.shape, x.stride(), x.element_size(), rows)
-    assert form is not None, f"no descriptor of a contiguous tensor of shape {x.shape}"
-    block = (1, 1, rows, width)
-    return CheckedDescriptor(x, *form[:2], list(block), layout(block, x.dtype))
-
-
 def per_row(x: Tensor, shifts: int) -> CheckedDescriptor:
     """x [B, H, L] as [B * H * shifts, L]: copies of every row of x that begin at its first number, its second, ..."""
     length = x.shape[-1]
@@ -145,12 +136,5 @@ def per_row(x: Tensor, shifts: int) -> CheckedDescriptor:
     elif even:
         x = pad(x, (0, even))
     x = x.contiguous().view(-1, length + even)
-    return CheckedDescriptor(x, list(x.shape), [x.shape[1], 1], [1, ROWS], layout((1, ROWS), x.dtype))
-
-
-@cache
-def layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a block lies in shared memory."""
-    if len(block) == 2:  # one number per row
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return gl.NVMMASharedLayout.get_default_for(list(block), TYPES[dtype])  # pyright: ignore[reportReturnType]
+    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return CheckedDescriptor(x, list(x.shape), [x.shape[1], 1], [1, ROWS], flat)
