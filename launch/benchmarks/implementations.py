@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.utils.deterministic
@@ -51,7 +52,7 @@ class Ours(Implementation):
 @contextmanager
 def told_to_be_deterministic() -> Iterator[None]:
     """torch's switch, without what it does to new memory: filling that is no part of a kernel."""
-    switch = torch.utils.deterministic
+    switch: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     switch.fill_uninitialized_memory = False
@@ -80,8 +81,10 @@ class FlashAttention4(Differentiated):
 
 
 def local_implementations() -> dict[str, Implementation]:
-    """All that this bench knows, by name: our kernels first, then the peers. A kernel that sums in any order unless torch
-    is told to be deterministic appears in both ways."""
+    """All that this bench knows, by name: our kernels first, then the peers.
+
+    A kernel that sums in any order unless torch is told to be deterministic appears in both ways.
+    """
     ours = [Ours(name) for name in KERNELS]
     ours += [Ours(name, deterministic=True) for name, each in KERNELS.items() if getattr(each, "any_order", False)]
     return {each.name: each for each in (*ours, TorchFlash(), TorchCudnn(), TorchMath(), FlashAttention4())}
