@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from ringattn.kernels import hopper_backward_launch, hopper_forward_launch, triton_launch
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tuning import LONG
+from ringattn.transport.await_kernel import await_kernel
 from tests.aot import sass
 
 TOOLS = Path(triton.backends.__path__[0]) / "nvidia" / "bin"
@@ -89,6 +90,15 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
             hopper_backward_launch.backward(*inputs, dq, dk, dv, deterministic)
 
 
+def wait(ranks: int) -> None:
+    """For the words of so many ranks."""
+    words, error = (
+        torch.empty(ranks, dtype=torch.int32, device="meta"),
+        torch.empty(2, dtype=torch.int64, device="meta"),
+    )
+    await_kernel[(1,)](words, error, 7, 1 << 40, 1, ranks, num_warps=1)
+
+
 def report(kernel) -> dict:
     """What one compiled kernel is made of."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -108,6 +118,7 @@ def report(kernel) -> dict:
         "stack": int(registers[2]),
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
+        "looks": re.findall(r"(?:ld|atom)\.global\S*acquire\S*", kernel.asm["ptx"]),
         "overwritten": sass.overwritten_operands(dump.stdout),
         "shaded": sass.exponentials_in_the_shade(dump.stdout),
         "spills_in_loops": sass.spills_in_product_loops(dump.stdout),
@@ -122,6 +133,7 @@ def main(architecture: str, *head_dims: str) -> None:
             partial(attend, architecture, head_dim, torch.bfloat16, *call)
             for call in product((LONG, LONG // 4), (NO_WINDOW, 9))
         ]
+        calls += [partial(wait, ranks) for ranks in (2, 8)]
         for kernel in compiled_by(int(architecture.removeprefix("sm_")), calls):
             line = {"triton": triton.__version__, "architecture": architecture, "head_dim": head_dim}
             print(json.dumps(line | report(kernel)), flush=True)

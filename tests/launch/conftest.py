@@ -49,5 +49,5 @@ def overrides(small: settings.Train) -> list[str]:
     """The same on a command line."""
     words = [f"steps={small.steps}", "log_every=1", "validate_every=0", "tensorboard=false", "precision=fp32"]
     words += [f"model.{key}={value}" for key, value in vars(small.model).items()]
-    words += [f"data.{key}={value}" for key, value in vars(small.data).items()]
+    words += [f"data.{key}={'null' if value is None else value}" for key, value in vars(small.data).items()]
     return [*words, "optimizer.warmup=2", "parallel.device=cpu", "checkpoint=none"]
