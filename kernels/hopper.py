@@ -27,6 +27,7 @@ class HopperKernel(TritonKernel):
     name = "hopper"
     caps_scores = False
     waits = True  # forward takes an `Arrival`
+    any_order = True  # of dq's sums, unless torch is told to be deterministic
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if find_spec("triton") is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -80,16 +81,13 @@ class Contest:
                     del self.running[name]
                     continue
                 samples.setdefault((name, which), []).append(over_ranks(found))
-        for name in list(self.running):
-            if not set(passes) <= {which for each, which in samples if each == name}:
-                self.exclude(name, "the deadline passed")
-                del self.running[name]
-        references = References(self, meter)
-        return [
-            self.row(each, which, samples[name, which], references)
-            for name, each in self.running.items()
-            for which in passes
-        ]
+        references, rows = References(self, meter), []
+        for name, which in product(list(self.running), passes):
+            if (name, which) in samples:
+                rows.append(self.row(self.running[name], which, samples[name, which], references))
+            else:
+                self.exclude(f"{name}, {which}", "the deadline passed")
+        return rows
 
     def row(self, each: Across, which: str, rounds: list[Figures], references: References) -> dict[str, Any]:
         """A measurement in the fields of a record."""

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -174,15 +175,13 @@ class Contest:
                 if answer is not None:
                     samples, memory[name, which] = answer
                     times.setdefault((name, which), []).extend(samples)
-        for name in [
-            name for name in self.running if any((name, which) not in times for which in self.settings.passes)
-        ]:
-            self.exclude(name, "the deadline passed")
-        return [
-            row(self.case, name, which, times[name, which], memory[name, which])
-            for name in self.running
-            for which in self.settings.passes
-        ]
+        rows = []
+        for name, which in product(self.running, self.settings.passes):
+            if (name, which) in times:
+                rows.append(row(self.case, name, which, times[name, which], memory[name, which]))
+            else:
+                print(f"{describe(self.case)}: no figure for {name}, {which}: the deadline passed", flush=True)
+        return rows
 
 
 def row(case: Case, name: str, which: str, samples: list[float], memory: float | None) -> dict[str, Any]:

@@ -28,7 +28,13 @@ PEERS = (
 def read(folder: Path, bench: str) -> list[Record]:
     """The records of a bench that count, in the order of their cases; none if it never ran."""
     path = folder / f"{bench}.jsonl"
-    return latest(read_records(path), ALONE.get(bench, ())) if path.is_file() else []
+    records = latest(read_records(path), ALONE.get(bench, ())) if path.is_file() else []
+    return sorted(records, key=place) if bench == "kernel" else records
+
+
+def place(record: Record) -> tuple[Any, ...]:
+    """Where a case stands among others: causal ones first, large heads first, then by length."""
+    return record["mask"] != "causal", -record["head_dim"], record["batch"], record["seq_len"]
 
 
 def latest(records: Sequence[Record], also: Sequence[str] = ()) -> list[Record]:

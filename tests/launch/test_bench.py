@@ -110,10 +110,29 @@ def test_nothing_is_begun_after_the_deadline(capsys):
     assert f"{TOY}: not measured: the deadline passed" in capsys.readouterr().out
 
 
+def test_what_was_measured_before_the_deadline_is_kept(capsys, monkeypatch):
+    class Soon:
+        """Passes when it was asked twice: before the case, and before the first turn."""
+
+        def __init__(self, seconds):
+            self.asked = 0
+
+        def passed(self):
+            self.asked += 1
+            return self.asked > 2
+
+    monkeypatch.setattr(kernel, "Deadline", Soon)
+    (record,) = measure(implementations.Ours("aten"), passes=["forward", "backward"])
+    (missing,) = {"forward", "backward"} - {record["pass"]}
+    assert f"{TOY}: no figure for ringattn-aten, {missing}: the deadline passed" in capsys.readouterr().out
+
+
 def test_patterns_choose_and_a_kernel_with_a_switch_appears_in_both_ways(monkeypatch):
     class Switched(AtenKernel):
-        def backward(self, *arguments, deterministic=False, **options):
-            assert deterministic
+        any_order = True
+
+        def backward(self, *arguments, **options):
+            assert torch.are_deterministic_algorithms_enabled()
             return super().backward(*arguments, **options)
 
     monkeypatch.setitem(implementations.KERNELS, "swift", Switched())
@@ -124,6 +143,7 @@ def test_patterns_choose_and_a_kernel_with_a_switch_appears_in_both_ways(monkeyp
     each, case = implementations.local_implementations()[names[1]], named_case(TOY, torch.float32)
     x = make_inputs(case, 0)
     assert len(each.backward(x, each.forward(x, case), case)) == 3
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -120,8 +120,12 @@ ALL = {
     "rivals": scaling.ScalingBench(
         **SHAPE, **QUICK, dtype="bf16", implementations=RIVALS, passes=["forward"], ahead=3
     ),
+    "packed": scaling.ScalingBench(
+        **SHAPE, **QUICK, ahead=1, mask="packed-lognormal", passes=["forward"],
+        implementations=["ringattn-aten-ring-balanced", "allgather", "ulysses"],
+    ),
     "soon": scaling.ScalingBench(
-        **SHAPE, **QUICK, ahead=1, implementations=["ulysses", "allgather"], passes=["forward"]
+        **SHAPE, **QUICK, ahead=1, implementations=["ulysses"]
     ),
     "late": scaling.ScalingBench(**SHAPE, **QUICK, deadline=0.0),
     "utilization": utilization.UtilizationBench(
@@ -175,10 +179,19 @@ def test_only_what_is_right_on_every_rank_gets_a_figure(gang):
     assert len(elsewhere) == len(records)
 
 
+def test_packed_documents_are_measured_too(measured):
+    records, printed = measured["packed"]
+    assert [(each["impl"], each["mask"]) for each in records] == [
+        ("ringattn-aten-ring-balanced", "packed-lognormal"),
+        ("allgather", "packed-lognormal"),
+    ]
+    assert "no figure for ulysses: is not called with the mask packed-lognormal here" in printed
+
+
 def test_what_was_measured_before_the_deadline_is_kept(measured):
-    records, printed = measured["soon"]
-    assert len(records) == 1
-    assert printed.count("the deadline passed") == 1
+    (record,), printed = measured["soon"]
+    (missing,) = {"forward", "forward+backward"} - {record["pass"]}
+    assert f"no figure for ulysses, {missing}: the deadline passed" in printed
 
 
 def test_nothing_is_begun_after_the_deadline(measured):

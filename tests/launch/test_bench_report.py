@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ringattn.launch.benchmarks.publish import PAGES, publish, stale
-from ringattn.launch.benchmarks.published import amount, latest, order
+from ringattn.launch.benchmarks.published import amount, latest, order, read
 from ringattn.launch.records import ROOT, append_records
 from tests.launch.test_bench import FIELDS
 
@@ -170,6 +170,19 @@ def test_the_last_run_of_a_case_counts_and_no_run_is_mixed_with_it():
     new = [record("kernel", "fa4", "forward", 512, **TIMED) | {"run": "b"}]
     other = [record("kernel", "fa4", "forward", 1024, **TIMED)]
     assert latest(old + other + new) == other + new
+
+
+def test_cases_of_kernels_stand_in_order_whatever_ran_last(root: Path):
+    path = root / "docs" / "benchmarks" / "kernel.jsonl"
+    cases = [("none", 128, 512), ("causal", 64, 512), ("causal", 128, 8192), ("causal", 128, 2048)]
+    made = [record("kernel", "fa4", "forward", s, **TIMED) | {"mask": m, "head_dim": d} for m, d, s in cases]
+    append_records(path, made)
+    assert [(each["mask"], each["head_dim"], each["seq_len"]) for each in read(path.parent, "kernel")] == [
+        ("causal", 128, 2048),
+        ("causal", 128, 8192),
+        ("causal", 64, 512),
+        ("none", 128, 512),
+    ]
 
 
 def test_ours_come_first_and_peers_in_a_fixed_order():
