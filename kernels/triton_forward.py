@@ -70,7 +70,7 @@ def forward_kernel(
         start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
         for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
-            b_s = scores(b_q, b_k, scale, CAP, PRECISION)
+            b_s, _ = scores(b_q, b_k, scale, CAP, PRECISION)
             if (j < head) | (j >= tail):
                 o_key = tl.arange(0, BLOCK_KEYS)[None, :]
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)
