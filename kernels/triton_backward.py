@@ -21,7 +21,7 @@ operand. Names as in `triton_forward.py`.
 import triton
 import triton.language as tl
 
-from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at, scores
+from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at, tanh
 
 __all__ = ["delta_kernel", "key_gradients_kernel", "query_gradients_kernel"]
 
@@ -83,7 +83,9 @@ def key_gradients_kernel(
                 b_q = load_block(q_head, q_strides, i_b, i_h, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
                 b_do = load_block(dout_head, dout_strides, i_b, i_h, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
                 b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
-                b_s, b_slope = scores(b_k, b_q, scale, CAP, PRECISION)
+                b_s = dot_rows(b_k, b_q, PRECISION)
+                if CAP > 0:
+                    b_s, b_slope = tanh(b_s * (scale / CAP), b_k.dtype == tl.float32)
                 b_dp = dot_rows(b_v, b_do, PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
                 if MASKED:
@@ -138,7 +140,9 @@ def query_gradients_kernel(
         for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
             b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
-            b_s, b_slope = scores(b_q, b_k, scale, CAP, PRECISION)
+            b_s = dot_rows(b_q, b_k, PRECISION)
+            if CAP > 0:
+                b_s, b_slope = tanh(b_s * (scale / CAP), b_q.dtype == tl.float32)
             b_dp = dot_rows(b_do, b_v, PRECISION)
             b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
             if (j < head) | (j >= tail):

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["add_dot", "dot_rows", "head_of", "last_key_seen", "load_block", "locate", "run_at", "scores"]
+__all__ = ["add_dot", "dot_rows", "head_of", "last_key_seen", "load_block", "locate", "run_at", "tanh"]
 
 
 @triton.jit
@@ -90,17 +90,6 @@ def dot_halves(b_a, b_b, PRECISION: tl.constexpr):
     b_b0, b_b1 = halves(b_b)
     first = tl.dot(b_a0, tl.trans(b_b0), input_precision=PRECISION)
     return first + tl.dot(b_a1, tl.trans(b_b1), input_precision=PRECISION)
-
-
-@triton.jit
-def scores(b_a, b_b, scale, CAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of a block as the softmax is to scale them, bare products or with a cap tanh(scale product / CAP), and
-    with a cap the slope of the tanh."""
-    b_s = dot_rows(b_a, b_b, PRECISION)
-    if CAP > 0:
-        return tanh(b_s * (scale / CAP), b_a.dtype == tl.float32)
-    else:
-        return b_s, None
 
 
 @triton.jit
