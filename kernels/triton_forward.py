@@ -79,7 +79,7 @@ def forward_kernel(
                 b_s = tl.where(o_key <= (last_key - j)[:, None], b_s, -float("inf"))
                 if WINDOW:
                     b_s = tl.where(o_key > (o_row + shift - window - j)[:, None], b_s, -float("inf"))
-            b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2, b_q.dtype == tl.float32)
+            b_x, b_m, b_shrink = centre(b_s, b_m, scale_log2)
             b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
             b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
 
@@ -92,21 +92,10 @@ def forward_kernel(
 
 
 @triton.jit
-def centre(b_s, b_m, scale_log2, EXACT: tl.constexpr):
-    """The exponents of P, the new maximum, and the factor by which older sums shrink.
-
-    Fused, s scale - m leaves the rounding error of m behind, even for the largest s. It is the same for a whole row
-    and P is divided by its sum, but if EXACT a row with one key is to have P = 1, and out = v to the last bit.
-    """
-    b_top = tl.max(b_s, 1)
-    b_m_new = tl.maximum(b_m, b_top * scale_log2)
-    if EXACT:
-        b_top = tl.maximum(b_top, LOWEST)
-        b_below = tl.where(b_top * scale_log2 < b_m, b_top * scale_log2 - b_m, 0.0)
-        b_x = (b_s - b_top[:, None]) * scale_log2 + b_below[:, None]
-    else:
-        b_x = b_s * scale_log2 - b_m_new[:, None]
-    return b_x, b_m_new, tl.math.exp2(b_m - b_m_new)
+def centre(b_s, b_m, scale_log2):
+    """The exponents of P, the new maximum, and the factor by which older sums shrink."""
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+    return b_s * scale_log2 - b_m_new[:, None], b_m_new, tl.math.exp2(b_m - b_m_new)
 
 
 @triton.jit
