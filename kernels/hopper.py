@@ -27,6 +27,7 @@ class HopperKernel(TritonKernel):
     name = "hopper"
     caps_scores = False
     waits = True  # forward takes an `Arrival`
+    yields = True  # forward takes a `margin`
     any_order = True  # of dq's sums, unless torch is told to be deterministic
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -44,10 +45,14 @@ class HopperKernel(TritonKernel):
             return "it needs compute capability 9.0, got {}.{}".format(*torch.cuda.get_device_capability(q.device))
         return None
 
-    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None, arrival: Arrival | None = None):
+    def forward(
+        self, q, k, v, segments, *, scale, running=None, out_dtype=None, arrival: Arrival | None = None, margin: int = 0
+    ):
+        """`Kernel.forward`. A program stays on its multiprocessor until the end; `margin` multiprocessors get none, so
+        that another kernel, NCCL's say, can run beside this one."""
         from .hopper_forward_launch import forward
 
-        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival)
+        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
         from .hopper_backward_launch import WIDEST, backward, fills

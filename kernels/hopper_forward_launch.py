@@ -31,8 +31,10 @@ def forward(
     running: tuple[Tensor, Tensor] | None,
     out_dtype: torch.dtype,
     arrival: Arrival | None = None,
+    margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`Kernel.forward`; with `arrival`, of keys and values that are still on their way."""
+    """`Kernel.forward`; with `arrival`, of keys and values that are still on their way; on all multiprocessors but
+    `margin`."""
     batch, rows, heads, d = q.shape
     groups, e = v.shape[2:]
     tiling = tiling_for("hopper forward", architecture(q.device), q.dtype, max(d, e, NARROWEST), rows)
@@ -54,7 +56,7 @@ def forward(
     launch(
         hopper_forward_kernel,
         q.device,
-        (min(total, processors(q.device)), 1, 1),
+        (min(total, max(processors(q.device) - margin, 1)), 1, 1),
         (
             *(described(x, block) for x, block in ((q, ROWS), (k, tiling.keys), (v, tiling.keys))),
             *(out, lse, before, work.tiles, work.runs, positive(scale), rows, tiles, side, total),
