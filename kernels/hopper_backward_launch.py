@@ -7,14 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from triton.experimental.gluon import language as gl
 
-from .hopper_arguments import NARROWEST, CheckedDescriptor, describable, described, processors
+from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
 from .hopper_backward import hopper_backward_kernel
+from .launching import launch
 from .segments import Segments
 from .tiles import Work, key_tiles
 from .triton_arguments import block_width
-from .triton_launch import MOST_TILES, launch, positive, section
+from .triton_launch import MOST_TILES, positive, section
 from .turns import Turns, turns_of
 
 __all__ = ["WIDEST", "backward", "fills"]
@@ -73,7 +73,7 @@ def backward(
         counters = torch.zeros(batch * heads * cells, dtype=torch.int32, device=q.device)
     else:
         turns, counters = Turns(work.runs, work.runs), work.runs  # not read
-    sums = [x if describable(x) else x.contiguous() for x in (dq, dk, dv)]
+    sums = [described(x, ROWS, block) for x, block in ((dq, 64), (dk, width), (dv, width))]
     side = side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
     launch(
         hopper_backward_kernel,
@@ -82,17 +82,17 @@ def backward(
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             *(per_row(x, shifts) for x in (lse, delta)),
-            *(described(x, ROWS, block) for x, block in zip(sums, (64, width, width), strict=True)),
-            work.tiles, work.runs, *turns, counters, positive(scale), cells,
+            *sums, work.tiles, work.runs, *turns, counters, positive(scale), cells,
         ),
         (),
-        {"GROUPS": groups, "GROUP": group, "SHARE": group // shares, "SHIFTS": shifts, "num_warps": 4, "maxnreg": 168},
-        ADD=running or shares > 1,
-        ORDERED=deterministic,
+        (
+            ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("SHIFTS", shifts),
+            ("ADD", running or shares > 1), ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 168),
+        ),
     )  # fmt: skip
     for total, x in zip((dq, dk, dv), sums, strict=True):
-        if x is not total:
-            total.copy_(x)
+        if x.base is not total:  # a copy that could be described
+            total.copy_(x.base)
     return dq, dk, dv
 
 
@@ -127,7 +127,7 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
-def per_row(x: Tensor, shifts: int) -> CheckedDescriptor:
+def per_row(x: Tensor, shifts: int) -> Described:
     """x [B, H, L] as [B * H * shifts, L]: copies of every row of x that begin at its first number, its second, ..."""
     length = x.shape[-1]
     even = -length % 4
@@ -135,6 +135,9 @@ def per_row(x: Tensor, shifts: int) -> CheckedDescriptor:
         x = torch.stack([pad(x[..., i:], (0, even + i)) for i in range(shifts)], 2)
     elif even:
         x = pad(x, (0, even))
-    x = x.contiguous().view(-1, length + even)
-    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return CheckedDescriptor(x, list(x.shape), [x.shape[1], 1], [1, ROWS], flat)
+    return Described(x.contiguous(), row_form(x.numel() // (length + even), length + even))
+
+
+@cache
+def row_form(rows: int, length: int) -> HopperForm:
+    return HopperForm([rows, length], [length, 1], [1, ROWS], torch.float32)

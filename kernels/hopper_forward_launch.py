@@ -10,10 +10,11 @@ from torch import Tensor
 from .hopper_arguments import NARROWEST, described, processors
 from .hopper_forward import hopper_forward_kernel
 from .interface import Arrival, nothing_seen
+from .launching import Constants, launch
 from .segments import Segments
 from .tiles import query_tiles
 from .triton_arguments import strides
-from .triton_launch import launch, lower, positive, section
+from .triton_launch import lower, positive, section
 from .tuning import Tiling, architecture, tiling_for
 
 __all__ = ["forward"]
@@ -72,11 +73,11 @@ def forward(
 
 
 @cache
-def constants(tiling: Tiling, heads: int, group: int, width: int, e: int) -> dict[str, int | bool]:
+def constants(tiling: Tiling, heads: int, group: int, width: int, e: int) -> Constants:
     """What the kernel is compiled for and that a shape and a tiling say."""
     parts = tiling.rows // ROWS
     registers, at_start = REGISTERS[parts]
-    return {
+    named = {
         "HEADS": heads,
         "GROUP": group,
         "E": e,
@@ -88,3 +89,4 @@ def constants(tiling: Tiling, heads: int, group: int, width: int, e: int) -> dic
         "num_warps": 4,
         "maxnreg": at_start,
     }
+    return tuple(named.items())
