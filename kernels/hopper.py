@@ -20,15 +20,22 @@ class HopperKernel(TritonKernel):
     """The portable kernels, where there is none of its own or they are faster: in the backward, for head dims over 128,
     and for keys so few that tiles of 128 would leave multiprocessors idle.
 
-    The same inputs give the same bits, but for dq: programs add to it in any order. With
-    `torch.use_deterministic_algorithms(True)` they do so in a fixed one.
+    The same inputs give the same bits, but for dq: programs add to it in any order. They do so in a fixed one if
+    `deterministic`, or where that is None, if torch is told to be.
     """
 
     name = "hopper"
     caps_scores = False
     waits = True  # forward takes an `Arrival`
     yields = True  # forward takes a `margin`
-    any_order = True  # of dq's sums, unless torch is told to be deterministic
+    any_order = True  # of dq's sums, unless told otherwise
+
+    def __init__(self, deterministic: bool | None = None):
+        self.deterministic = deterministic
+
+    def ordered(self, deterministic: bool) -> HopperKernel:
+        """This kernel, adding to dq in a fixed order or not, whatever torch is told."""
+        return HopperKernel(deterministic)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if find_spec("triton") is None:
@@ -57,7 +64,7 @@ class HopperKernel(TritonKernel):
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
         from .hopper_backward_launch import WIDEST, backward, fills
 
-        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST or not fills(k):
+        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST or not fills(q, k):
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, deterministic)
+        told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
+        return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told)

@@ -24,10 +24,22 @@ KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a ste
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
 
 
-def fills(k: Tensor) -> bool:
-    """Whether there are as many tiles of these keys, [B, M, G, D], as the GPU has multiprocessors."""
-    batch, keys, groups, _ = k.shape
-    return batch * groups * -(-keys // KEYS) >= processors(k.device)
+def fills(q: Tensor, k: Tensor) -> bool:
+    """Whether there are as many programs for these tensors, [B, L, H, D] and [B, M, G, D], as the GPU has
+    multiprocessors."""
+    tiles = k.shape[0] * k.shape[2] * -(-k.shape[1] // KEYS)
+    return tiles * shares_of(q.shape[2] // k.shape[2], tiles, processors(k.device)) >= processors(k.device)
+
+
+def shares_of(group: int, tiles: int, processors: int) -> int:
+    """How many programs share the query heads of a tile: with few programs a long tile holds up the end. No more than
+    two, because from zero, a + b is b + a: dk and dv stay the same bits.
+
+    Example:
+        >>> shares_of(4, 128, 132), shares_of(4, 1024, 132), shares_of(1, 128, 132)
+        (2, 1, 1)
+    """
+    return 2 if group % 2 == 0 and tiles < 2 * processors else 1
 
 
 def backward(
@@ -58,8 +70,7 @@ def backward(
     tiles = work.busy if running else len(work.tiles)
     if tiles > MOST_TILES:
         raise ValueError(f"got {tiles} tiles of keys, and a grid takes {MOST_TILES}; call with fewer keys")
-    # With few programs a long tile holds up the end. Two programs can share one: from zero, a + b is b + a.
-    shares = 2 if group % 2 == 0 and not running and tiles * units < 2 * processors(q.device) else 1
+    shares = 1 if running else shares_of(group, tiles * units, processors(q.device))
     start = torch.zeros if running or shares > 1 else torch.empty
     dk, dv = (
         start(x.shape, dtype=torch.float32, device=x.device) if total is None else total

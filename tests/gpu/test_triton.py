@@ -117,7 +117,7 @@ class RoundedKernel(ReferenceKernel):
 def own_backward(monkeypatch):
     """The Hopper kernel takes its own backward, however few the keys."""
     if not HopperKernel().refuses(*(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))):
-        monkeypatch.setattr("ringattn.kernels.hopper_backward_launch.fills", lambda k: True)
+        monkeypatch.setattr("ringattn.kernels.hopper_backward_launch.fills", lambda q, k: True)
 
 
 @contextmanager
