@@ -17,8 +17,7 @@ UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
 
 
 class HopperKernel(TritonKernel):
-    """The portable kernels, where there is none of its own or they are faster: in the backward, for head dims over 128,
-    and for keys so few that tiles of 128 would leave multiprocessors idle.
+    """The portable kernels, where there is none of its own: in the backward, for head dims over 128.
 
     The same inputs give the same bits, but for dq: programs add to it in any order. They do so in a fixed one if
     `deterministic`, or where that is None, if torch is told to be.
@@ -62,9 +61,9 @@ class HopperKernel(TritonKernel):
         return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
-        from .hopper_backward_launch import WIDEST, backward, fills
+        from .hopper_backward_launch import WIDEST, backward
 
-        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST or not fills(q, k):
+        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
         return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class HopperForm(Form):
 
     def __init__(self, shape: list[int], strides: list[int], block_shape: list[int], dtype: torch.dtype):
         super().__init__(shape, strides, block_shape)
-        self.layout = gl.NVMMASharedLayout.get_default_for(block_shape, TYPES[dtype])
+        self.layout: Any = gl.NVMMASharedLayout.get_default_for(block_shape, TYPES[dtype])
 
 
 class Described(TensorDescriptor):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,29 +19,22 @@ from .triton_arguments import block_width
 from .triton_launch import MOST_TILES, positive, section
 from .turns import Turns, turns_of
 
-__all__ = ["WIDEST", "backward", "fills"]
+__all__ = ["WIDEST", "backward"]
 
 WIDEST = 128  # head dim; dK and dV of wider ones do not fit into registers
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
 
 
-def fills(q: Tensor, k: Tensor) -> bool:
-    """Whether there are as many programs for these tensors, [B, L, H, D] and [B, M, G, D], as the GPU has
-    multiprocessors."""
-    tiles = k.shape[0] * k.shape[2] * -(-k.shape[1] // KEYS)
-    return tiles * shares_of(q.shape[2] // k.shape[2], tiles, processors(k.device)) >= processors(k.device)
-
-
-def shares_of(group: int, tiles: int, processors: int) -> int:
-    """How many programs share the query heads of a tile: with few programs a long tile holds up the end. No more than
-    two, because from zero, a + b is b + a: dk and dv stay the same bits.
+def shares_of(group: int, longest: int, blocks: int, processors: int) -> int:
+    """How many programs share the query heads of a tile: two where the longest tile would take longer than all of them
+    spread evenly over the multiprocessors. No more, because from zero a + b is b + a: dk and dv stay the same bits.
 
     Example:
-        >>> shares_of(4, 128, 132), shares_of(4, 1024, 132), shares_of(1, 128, 132)
+        >>> shares_of(4, 16, 136 * 8, 132), shares_of(4, 64, 2080 * 8, 132), shares_of(1, 16, 136 * 8, 132)
         (2, 1, 1)
     """
-    return 2 if group % 2 == 0 and tiles < 2 * processors else 1
+    return 2 if group % 2 == 0 and longest * processors > blocks else 1
 
 
 def backward(
@@ -65,13 +60,16 @@ def backward(
     _, keys, groups, e = v.shape
     group, units = heads // groups, batch * groups
     width = max(NARROWEST, block_width(max(d, e)))
-    work, shifts = segments.derive((backward, keys, q.device), lambda s: lower(s, keys, q.device))
+    work, shifts, longest, blocks = segments.derive((backward, keys, q.device), lambda s: lower(s, keys, q.device))
     running = dk is not None or dv is not None
     tiles = work.busy if running else len(work.tiles)
     if tiles > MOST_TILES:
         raise ValueError(f"got {tiles} tiles of keys, and a grid takes {MOST_TILES}; call with fewer keys")
-    shares = 1 if running else shares_of(group, tiles * units, processors(q.device))
-    start = torch.zeros if running or shares > 1 else torch.empty
+    shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
+    onto = running or shares > 1
+    if onto and dq is None and not running:
+        dq, dk, dv = all_zero(q, k, v)
+    start = torch.zeros if onto else torch.empty
     dk, dv = (
         start(x.shape, dtype=torch.float32, device=x.device) if total is None else total
         for x, total in ((k, dk), (v, dv))
@@ -98,7 +96,7 @@ def backward(
         (),
         (
             ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("SHIFTS", shifts),
-            ("ADD", running or shares > 1), ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 168),
+            ("ADD", onto), ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 168),
         ),
     )  # fmt: skip
     for total, x in zip((dq, dk, dv), sums, strict=True):
@@ -107,11 +105,41 @@ def backward(
     return dq, dk, dv
 
 
-def lower(segments: Segments, keys: int, device: torch.device) -> tuple[Work, int]:
-    """The tables of the backward, and how many copies of what there is one number per row of they need: TMA reads from
-    multiples of 16 bytes only, so runs that start anywhere need copies that start at each of 4 rows."""
+def all_zero(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """dq, dk and dv from zero, in one piece of memory: the host pays for each launch."""
+    total, places = laid_out(q.shape, k.shape, v.shape)
+    zeros = torch.zeros(total, dtype=torch.float32, device=q.device)
+    return [zeros.as_strided(*place) for place in places]
+
+
+@lru_cache(1024)
+def laid_out(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[int, list[tuple[torch.Size, tuple[int, ...], int]]]:
+    """How many numbers, and where in them dq, dk and dv are: shape, strides, place of the first."""
+    _, rows, heads, d = q
+    of_dq = (heads * rows * d, d, rows * d, 1)  # heads before rows
+    of_dk, of_dv = ((x[1] * x[2] * x[3], x[2] * x[3], x[3], 1) for x in (k, v))
+    ends = [*accumulate(x.numel() for x in (q, k, v))]
+    return ends[2], [(q, of_dq, 0), (k, of_dk, ends[0]), (v, of_dv, ends[1])]
+
+
+class Lowered(NamedTuple):
+    """The tables of the backward; how many copies of what there is one number per row of they need; how many blocks of
+    rows the longest tile walks, and all of them together."""
+
+    work: Work
+    shifts: int
+    longest: int
+    blocks: int
+
+
+def lower(segments: Segments, keys: int, device: torch.device) -> Lowered:
+    """TMA reads from multiples of 16 bytes only, so runs that start anywhere need copies that start at each of 4
+    rows."""
     work = tables(segments, keys)
-    return work.to(device), 4 if (work.runs[:, 0] % 4).any() else 1
+    blocks = -(-work.runs[:, 1] // BLOCK)
+    _, begin, end = work.tiles[0].tolist()
+    shifts = 4 if (work.runs[:, 0] % 4).any() else 1
+    return Lowered(work.to(device), shifts, int(blocks[begin:end].sum()), int(blocks.sum()))
 
 
 def tables(segments: Segments, keys: int) -> Work:

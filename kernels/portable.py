@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype, nothing_seen
+from .interface import accumulate_dtype, nothing_seen, rounded
 
 __all__ = ["TritonKernel"]
 
@@ -50,6 +50,13 @@ class TritonKernel:
         from .triton_launch import row_delta
 
         return row_delta(dout, out)
+
+    def rounded(self, sums, dtype):
+        if dtype == torch.float32:
+            return rounded(sums, dtype)
+        from .triton_rounding import rounded as in_one_launch
+
+        return in_one_launch(sums, dtype)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, softcap=0.0):
         from .triton_launch import key_gradients, query_gradients

@@ -26,11 +26,13 @@ SHARED = f"Tensor? sinks, Tensor? cu_seqlens, {SETTINGS}"  # what the forward an
 
 
 def forward(q, k, v, sinks, cu_seqlens, settings: Settings) -> tuple[Tensor, Tensor]:
+    """out and lse."""
     executor, call = prepare(q, k, v, sinks, cu_seqlens, settings)
     return executor.forward(call, q, k, v, None if sinks is None else seen_by_sinks(sinks, q, v))
 
 
 def backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, settings: Settings) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and of the sinks, empty if there are none."""
     executor, call = prepare(q, k, v, sinks, cu_seqlens, settings)
     delta = call.kernel.row_delta(dout, out)
     if dlse is not None:
@@ -41,19 +43,19 @@ def backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, settings: Setting
         delta -= dlse
     grads = executor.backward(call, dout, q, k, v, out, lse, delta)
     dsinks = q.new_empty(0) if sinks is None else sink_gradients(sinks, lse, delta)
-    return *(x.to(q.dtype, memory_format=torch.contiguous_format).contiguous() for x in grads), dsinks
+    return *call.kernel.rounded(grads, q.dtype), dsinks
 
 
 forward_operator = torch.library.custom_op(
     "ringattn::forward",
-    lambda *inputs: forward(*inputs[:5], Settings(*inputs[5:])),
+    lambda q, k, v, sinks, cu_seqlens, *settings: forward(q, k, v, sinks, cu_seqlens, Settings(*settings)),
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {SHARED}) -> (Tensor, Tensor)",
 )
 
 backward_operator = torch.library.custom_op(
     "ringattn::backward",
-    lambda *inputs: backward(*inputs[:9], Settings(*inputs[9:])),
+    lambda *inputs: backward(*inputs[:9], settings=Settings(*inputs[9:])),  # pyright: ignore[reportCallIssue]
     mutates_args=(),
     schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{SHARED}) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn import attention, ranks
+from ringattn import preparation, ranks
 from tests.gang import run_ranks
 
 
@@ -57,7 +57,7 @@ REFUSALS = [
 def call(rank: int, changed: dict) -> str:
     """Rank 1 calls with something else than the others; what each rank was told."""
     mine = {"kernel": "reference", "causal": True, "softmax_scale": 0.3} | (changed if rank == 1 else {})
-    attention.__version__ = mine.pop("version", attention.__version__)
+    preparation.__version__ = mine.pop("version", preparation.__version__)
     inputs = tensors(**{name: mine.pop(name) for name in TENSOR_FIELDS if name in mine})
     start = time.monotonic()
     with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
