@@ -6,7 +6,7 @@ and torch's own copies take twice as long where the order of dimensions changes.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -24,25 +24,28 @@ BLOCK = 32  # rows of a head that a program takes
 def rounded(sums: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """`interface.rounded`."""
     dq, dk, dv = sums
-    to_do = [x.dtype != dtype for x in sums]
-    results = [x.new_empty(x.shape, dtype=dtype) if new else x.contiguous() for x, new in zip(sums, to_do, strict=True)]
-    blocks = [-(-x.shape[:3].numel() // BLOCK) * new for x, new in zip(sums, to_do, strict=True)]
+    new_q, new_k, new_v = (
+        x.contiguous() if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device) for x in sums
+    )
+    grid, numbers, constants = work_of(dq.shape, dk.shape, dv.shape, new_q is not dq, new_k is not dk, new_v is not dv)
     launch(
         rounding_kernel,
         dq.device,
-        (sum(blocks), 1, 1),
-        (*sums, *results, dq.shape[0], dq.shape[1], dk.shape[1], blocks[0], blocks[1]),
+        grid,
+        (dq, dk, dv, new_q, new_k, new_v, *numbers),
         (strides(dq), strides(dk), strides(dv)),
-        constants(dq.shape[2], dk.shape[2], dq.shape[3], dv.shape[3]),
+        constants,
     )
-    return results[0], results[1], results[2]
+    return new_q, new_k, new_v
 
 
-@cache
-def constants(heads: int, groups: int, d: int, e: int) -> Constants:
-    """What the kernel is compiled for."""
-    named = {"HEADS": heads, "GROUPS": groups, "D": d, "E": e, "BLOCK": BLOCK}
-    return *named.items(), ("BLOCK_D", block_width(d)), ("BLOCK_E", block_width(e))
+@lru_cache(1024)
+def work_of(q: torch.Size, k: torch.Size, v: torch.Size, *new: bool) -> tuple[tuple[int, int, int], tuple, Constants]:
+    """The grid, numbers and constants of a launch, for tensors of these shapes, of which some are done."""
+    blocks = [-(-x[:3].numel() // BLOCK) * each for x, each in zip((q, k, v), new, strict=True)]
+    named = {"HEADS": q[2], "GROUPS": k[2], "D": q[3], "E": v[3], "BLOCK": BLOCK}
+    named |= {"BLOCK_D": block_width(q[3]), "BLOCK_E": block_width(v[3])}
+    return (sum(blocks), 1, 1), (q[0], q[1], k[1], *blocks[:2]), tuple(named.items())
 
 
 @triton.jit(do_not_specialize=["BATCH", "ROWS", "KEYS", "ROW_BLOCKS", "KEY_BLOCKS"])

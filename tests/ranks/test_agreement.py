@@ -41,6 +41,7 @@ DISAGREEMENTS = [
     ({"v_head_dim": 16}, "v_head_dim is 8 on rank 0, 2 and 16 on rank 1"),
     ({"dtype": torch.float64}, "dtype is 'torch.float32' on rank 0, 2 and 'torch.float64' on rank 1"),
     ({"softmax_scale": 0.5}, "softmax_scale is 0.3 on rank 0, 2 and 0.5 on rank 1"),
+    ({"deterministic": True}, "deterministic is False on rank 0, 2 and True on rank 1"),
     ({"kernel": "aten"}, "kernel is 'reference' on rank 0, 2 and 'aten' on rank 1"),
 ]
 REFUSALS = [
