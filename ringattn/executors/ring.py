@@ -137,7 +137,7 @@ def backward(
         dout, out (Tensor): [B, L, H, E]; lse, delta [B, H, L], see `Kernel.backward`; the rest as in `forward`.
 
     Returns:
-        dq shaped like q, in fp32 (fp64 for fp64 inputs); dk, dv shaped like k, v, in that dtype or in their own.
+        dq shaped like q, in fp32 (fp64 for fp64 inputs); dk, dv shaped like k, v, in their dtype.
     """
     plan, rank = call.plan, call.rank
     ring = Neighbours(call, k, v)
