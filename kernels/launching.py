@@ -66,8 +66,8 @@ def launch(
 
 def kind(x: Any) -> Hashable:
     """What a variant follows from of an operand."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
     if isinstance(x, int):
         return x.bit_length() > 31
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
     return type(x) if x is None or isinstance(x, float) else x.form

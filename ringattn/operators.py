@@ -74,11 +74,11 @@ def _(dout, dlse, q, k, v, out, lse, sinks, *rest):
     return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), dsinks
 
 
-def save_for_backward(ctx, inputs, output) -> None:
-    q, k, v, sinks, cu_seqlens, *settings = inputs
+def remember(ctx, q, k, v, sinks, cu_seqlens, settings: Settings, output: tuple[Tensor, Tensor]) -> None:
+    """What `differentiate` wants."""
     ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens)
     ctx.set_materialize_grads(False)
-    ctx.settings = Settings(*settings)
+    ctx.settings = settings
 
 
 def differentiate(ctx, dout, dlse) -> tuple[Tensor | None, ...]:
@@ -89,7 +89,9 @@ def differentiate(ctx, dout, dlse) -> tuple[Tensor | None, ...]:
     return *grads, None if sinks is None else dsinks, None, *(None for _ in ctx.settings)
 
 
-forward_operator.register_autograd(differentiate, setup_context=save_for_backward)
+forward_operator.register_autograd(
+    differentiate, setup_context=lambda ctx, inputs, output: remember(ctx, *inputs[:5], Settings(*inputs[5:]), output)
+)
 
 
 class Attention(torch.autograd.Function):
@@ -99,7 +101,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, cu_seqlens, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
         output = forward(q, k, v, sinks, cu_seqlens, settings)
-        save_for_backward(ctx, (q, k, v, sinks, cu_seqlens, *settings), output)
+        remember(ctx, q, k, v, sinks, cu_seqlens, settings, output)
         return output
 
     @staticmethod

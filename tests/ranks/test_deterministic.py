@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 import ringattn
+from ringattn.kernels.aten import AtenKernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.registry import KERNELS, choose_kernel
 from tests.gang import run_ranks
@@ -69,8 +73,8 @@ def test_the_hopper_kernel_says_so_to_its_launch(monkeypatch, given, torchs):
 
 
 def test_torchs_own_kernels_follow_torch_only(monkeypatch):
-    monkeypatch.setattr(ringattn.kernels.aten.AtenKernel, "refuses", lambda *_: None)
-    on_a_gpu = [type("OnAGPU", (), {"is_cuda": True, "device": torch.device("cuda")})()] * 3
+    monkeypatch.setattr(AtenKernel, "refuses", lambda *_: None)
+    on_a_gpu: Any = [SimpleNamespace(is_cuda=True, device=torch.device("cuda"))] * 3
     with pytest.raises(NotImplementedError, match=r"its gradients are sums in any order, unless torch.use_determ"):
         choose_kernel("aten", *on_a_gpu, deterministic=True)
     choose_kernel("aten", *on_a_gpu, deterministic=False)
