@@ -4,7 +4,7 @@ With the final lse and delta = rowsum(dO * O) every block stands for itself (arX
 
     P = exp(scale Q K^T - lse)    dS = P (dO V^T - delta)    dV = P^T dO    dK = scale dS^T Q    dQ = scale dS K
 
-With a cap on scores, s = cap tanh(scale q k / cap), dS takes the factor 1 - (s / cap)^2 as well.
+With a cap on scores, s = cap tanh(scale q k / cap), dS takes the slope of the tanh, 1 - (s / cap)^2, as a factor.
 
 A program of `key_gradients_kernel` owns one tile of one key/value head, walks the rows that see it and takes the
 query heads that share the head in turn; a program of `query_gradients_kernel` owns one tile of query rows and walks
@@ -21,7 +21,7 @@ operand. Names as in `triton_forward.py`.
 import triton
 import triton.language as tl
 
-from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at, scores
+from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at, tanh
 
 __all__ = ["delta_kernel", "key_gradients_kernel", "query_gradients_kernel"]
 
@@ -83,7 +83,9 @@ def key_gradients_kernel(
                 b_q = load_block(q_head, q_strides, i_b, i_h, start + j, valid, D, BLOCK_ROWS, BLOCK_D)
                 b_do = load_block(dout_head, dout_strides, i_b, i_h, start + j, valid, E, BLOCK_ROWS, BLOCK_E)
                 b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
-                b_s = scores(b_k, b_q, scale, CAP, PRECISION)
+                b_s = dot_rows(b_k, b_q, PRECISION)
+                if CAP > 0:
+                    b_s, b_slope = tanh(b_s * (scale / CAP), b_k.dtype == tl.float32)
                 b_dp = dot_rows(b_v, b_do, PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
                 if MASKED:
@@ -94,7 +96,7 @@ def key_gradients_kernel(
                 b_delta = load_rows(delta + i_h.to(tl.int64) * ROWS + start + j, valid, 0.0, BLOCK_ROWS)
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 if CAP > 0:
-                    b_ds *= 1.0 - b_s * b_s
+                    b_ds *= b_slope
                 b_dk = add_dot(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
 
     o_d = tl.arange(0, BLOCK_D)
@@ -138,7 +140,9 @@ def query_gradients_kernel(
         for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
             b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
-            b_s = scores(b_q, b_k, scale, CAP, PRECISION)
+            b_s = dot_rows(b_q, b_k, PRECISION)
+            if CAP > 0:
+                b_s, b_slope = tanh(b_s * (scale / CAP), b_q.dtype == tl.float32)
             b_dp = dot_rows(b_do, b_v, PRECISION)
             b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
             if (j < head) | (j >= tail):
@@ -149,7 +153,7 @@ def query_gradients_kernel(
                     b_p = tl.where(o_key > (o_row + shift - window - j)[:, None], b_p, 0.0)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if CAP > 0:
-                b_ds *= 1.0 - b_s * b_s
+                b_ds *= b_slope
             b_dq = add_dot(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION)
 
     o_d = tl.arange(0, BLOCK_D)

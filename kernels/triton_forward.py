@@ -22,7 +22,7 @@ batch, length and heads, or None where x is a tensor descriptor.
 import triton
 import triton.language as tl
 
-from .triton_tile import add_dot, head_of, last_key_seen, load_block, locate, run_at, scores
+from .triton_tile import add_dot, dot_rows, head_of, last_key_seen, load_block, locate, run_at, tanh
 
 __all__ = ["forward_kernel"]
 
@@ -70,7 +70,9 @@ def forward_kernel(
         start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
         for j in tl.range(0, length, BLOCK_KEYS, disable_licm=True):
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
-            b_s = scores(b_q, b_k, scale, CAP, PRECISION)
+            b_s = dot_rows(b_q, b_k, PRECISION)
+            if CAP > 0:
+                b_s, _ = tanh(b_s * (scale / CAP), b_q.dtype == tl.float32)
             if (j < head) | (j >= tail):
                 o_key = tl.arange(0, BLOCK_KEYS)[None, :]
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)

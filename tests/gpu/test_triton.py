@@ -18,14 +18,15 @@ from torch import Tensor
 
 from ringattn.kernels.aten import AtenKernel
 from ringattn.kernels.hopper import HopperKernel
-from ringattn.kernels.interface import Kernel, accumulate_dtype, nothing_seen
+from ringattn.kernels.interface import Capped, Kernel, accumulate_dtype, nothing_seen
+from ringattn.kernels.merge import merge_
 from ringattn.kernels.portable import TritonKernel
-from ringattn.kernels.reference import ReferenceKernel, head_group, visible_pairs
+from ringattn.kernels.reference import ReferenceKernel, cap, head_group, visible_pairs
 from ringattn.kernels.segments import Segment, Segments
 from ringattn.launch.oracle import error
 from ringattn.layout import LAYOUTS
 from ringattn.plan import make_plan
-from tests.kernels.test_kernels import against_the_specification, cut
+from tests.kernels.test_kernels import cut
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -64,6 +65,7 @@ MODELS = [
     Model(5, 5, 128, 64, torch.bfloat16),
     Model(3, 3, 48, 48, torch.float16),
 ]
+CAPPED_MODELS = [Model(8, 2, 128, 128, dtype) for dtype in (*HALF, torch.float32)]
 
 
 class Piece(NamedTuple):
@@ -78,33 +80,33 @@ class RoundedKernel(ReferenceKernel):
     """The specification, with P and dS rounded to the inputs' dtype, as FlashAttention-2 does before their products:
     the baseline for what torch's own kernel does not take."""
 
-    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None):
+    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None, softcap=0.0):
         visible = visible_pairs(segments, q.shape[1], k.shape[1], q.device)
         groups = k.shape[2]
         outs, lses = [], []
         for g in range(groups):
             q_BRLD, k_B1MD, v_B1ME = (head_group(x, g, groups) for x in (q, k, v))
-            scores = (q_BRLD @ k_B1MD.mT * scale).masked_fill(~visible, -torch.inf)
+            scores = cap(q_BRLD @ k_B1MD.mT * scale, softcap).masked_fill(~visible, -torch.inf)
             top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
             p = (scores - top).exp()
             total = p.sum(-1, keepdim=True)
             outs.append((p.to(q.dtype).to(p.dtype) @ v_B1ME / total).nan_to_num(0.0))
             lses.append((top + total.log()).squeeze(-1))
-        from ringattn.kernels.merge import merge_
-
         out, lse = running or nothing_seen(q, v)
         merge_(out, lse, torch.cat(outs, 1).transpose(1, 2), torch.cat(lses, 1))
         return out.to(out_dtype or out.dtype), lse
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, softcap=0.0):
         visible = visible_pairs(segments, q.shape[1], k.shape[1], q.device)
         groups = k.shape[2]
         parts: list[list[Tensor]] = [[], [], []]
         for g, (lse_BRL, delta_BRL) in enumerate(zip(lse.chunk(groups, 1), delta.chunk(groups, 1), strict=True)):
             q_BRLD, dout_BRLE, k_B1MD, v_B1ME = (head_group(x, g, groups) for x in (q, dout, k, v))
-            scores = q_BRLD @ k_B1MD.mT * scale
+            scores = cap(q_BRLD @ k_B1MD.mT * scale, softcap)
             p = (scores - lse_BRL.unsqueeze(-1)).masked_fill(~visible, -torch.inf).exp()
             ds = p * (dout_BRLE @ v_B1ME.mT - delta_BRL.unsqueeze(-1))
+            if softcap:
+                ds *= 1 - (scores / softcap) ** 2
             p, ds = (x.to(q.dtype).to(x.dtype) for x in (p, ds))
             parts[0].append(ds @ k_B1MD * scale)
             parts[1].append((ds.mT @ q_BRLD).sum(1, keepdim=True) * scale)
@@ -194,28 +196,37 @@ def takes(kernel: Kernel, model: Model) -> Kernel:
 def test_against_fp64(kernel: Kernel, model: Model):
     takes(kernel, model)
     for seed in range(CASES):
-        q, dout, pieces, scale = make_case(model, seed)
-        refused = AtenKernel().refuses(q, pieces[0].k, pieces[0].v)
-        baseline_kernel: Any = RoundedKernel() if refused else AtenKernel()
-        exact = [Piece(k.double(), v.double(), segments) for k, v, segments in pieces]
-        expected = attend(ReferenceKernel(), q.double(), dout.double(), exact, scale)
-        baseline = attend(baseline_kernel, q, dout, pieces, scale)
-        # The first also asks for deterministic algorithms, and only the Hopper kernels have others.
-        for memory in (poisoned, nullcontext)[: 2 if kernel.name == "hopper" else 1]:
-            with memory():
-                got = attend(kernel, q, dout, pieces, scale)
-            for name, right in expected.items():
-                seen = right != -torch.inf
-                assert torch.equal(got[name] == -torch.inf, ~seen), f"seed {seed}: {name}"
-                ours, theirs = (error(x[name][seen], right[seen]) for x in (got, baseline))
-                allowed = (2 if name in ("out", "lse") else 3) * theirs + torch.finfo(torch.float32).eps
-                assert ours <= allowed, f"seed {seed}: {name} errs {ours:.2e}, allowed {allowed:.2e}"
+        hold_against_fp64(kernel, model, seed)
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_capped_scores(dtype: torch.dtype, seed: int):
-    against_the_specification("triton", dtype, seed, "cuda", softcap=(0.3, 2.0, 50.0)[seed % 3])
+@pytest.mark.parametrize("softcap", [0.3, 2.0, 50.0])
+@pytest.mark.parametrize("model", CAPPED_MODELS, ids=str)
+def test_capped_scores(model: Model, softcap: float):
+    for seed in range(CASES):
+        hold_against_fp64(TritonKernel(), model, seed, softcap)
+
+
+def hold_against_fp64(kernel: Kernel, model: Model, seed: int, softcap: float = 0.0) -> None:
+    q, dout, pieces, scale = make_case(model, seed)
+    refused = softcap or AtenKernel().refuses(q, pieces[0].k, pieces[0].v)
+    baseline_kernel: Any = RoundedKernel() if refused else AtenKernel()
+    oracle: Any = ReferenceKernel()
+    # The first also asks for deterministic algorithms, and only the Hopper kernels have others.
+    memories = (poisoned, nullcontext)[: 2 if kernel.name == "hopper" else 1]
+    if softcap:
+        kernel, baseline_kernel, oracle = (Capped(x, softcap) for x in (kernel, baseline_kernel, oracle))
+    exact = [Piece(k.double(), v.double(), segments) for k, v, segments in pieces]
+    expected = attend(oracle, q.double(), dout.double(), exact, scale)
+    baseline = attend(baseline_kernel, q, dout, pieces, scale)
+    for memory in memories:
+        with memory():
+            got = attend(kernel, q, dout, pieces, scale)
+        for name, right in expected.items():
+            seen = right != -torch.inf
+            assert torch.equal(got[name] == -torch.inf, ~seen), f"seed {seed}: {name}"
+            ours, theirs = (error(x[name][seen], right[seen]) for x in (got, baseline))
+            allowed = (2 if name in ("out", "lse") else 3) * theirs + torch.finfo(torch.float32).eps
+            assert ours <= allowed, f"seed {seed}: {name} errs {ours:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("model", [MODELS[0], MODELS[2]], ids=str)

@@ -37,15 +37,13 @@ def cut(rows: int, keys: int, draw: random.Random) -> Segments:
     return Segments(segment._replace(window=draw.choice([NO_WINDOW, draw.randint(0, 30)])) for segment in grid)
 
 
-def against_the_specification(
-    kernel: str, dtype: torch.dtype, seed: int, device: str = "cpu", softcap: float = 0.0
-) -> None:
+def against_the_specification(kernel: str, dtype: torch.dtype, seed: int, softcap: float = 0.0) -> None:
     draw = random.Random(seed)
     rows, keys = draw.randint(1, 40), draw.randint(1, 40)
     q_heads, kv_heads = draw.choice([(4, 4), (4, 2), (4, 1)])
     case = Case(rows, draw.randint(1, 2), q_heads, kv_heads, dtype=dtype)
-    q, _, _, dout = make_inputs(case, seed, device)
-    _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1, device)
+    q, _, _, dout = make_inputs(case, seed)
+    _, k, v, _ = make_inputs(case._replace(seq_len=keys), seed + 1)
     inputs = Inputs(q, k, v, dout)
     segments = cut(rows, keys, draw)
     specification, tried = ReferenceKernel(), KERNELS[kernel]
