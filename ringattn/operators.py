@@ -74,8 +74,9 @@ def _(dout, dlse, q, k, v, out, lse, sinks, *rest):
     return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), dsinks
 
 
-def remember(ctx, q, k, v, sinks, cu_seqlens, settings: Settings, output: tuple[Tensor, Tensor]) -> None:
+def remember(ctx, inputs: tuple, settings: Settings, output: tuple[Tensor, Tensor]) -> None:
     """What `differentiate` wants."""
+    q, k, v, sinks, cu_seqlens = inputs
     ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens)
     ctx.set_materialize_grads(False)
     ctx.settings = settings
@@ -90,7 +91,7 @@ def differentiate(ctx, dout, dlse) -> tuple[Tensor | None, ...]:
 
 
 forward_operator.register_autograd(
-    differentiate, setup_context=lambda ctx, inputs, output: remember(ctx, *inputs[:5], Settings(*inputs[5:]), output)
+    differentiate, setup_context=lambda ctx, inputs, output: remember(ctx, inputs[:5], Settings(*inputs[5:]), output)
 )
 
 
@@ -101,7 +102,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, cu_seqlens, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
         output = forward(q, k, v, sinks, cu_seqlens, settings)
-        remember(ctx, q, k, v, sinks, cu_seqlens, settings, output)
+        remember(ctx, (q, k, v, sinks, cu_seqlens), settings, output)
         return output
 
     @staticmethod
