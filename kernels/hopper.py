@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .interface import Arrival, accumulate_dtype
-from .portable import TritonKernel
+from .portable import TritonKernel, module
 
 __all__ = ["HopperKernel"]
 
 DTYPES = (torch.bfloat16, torch.float16)
+WIDEST = 128  # head dim of the backward; dK and dV of wider ones do not fit into registers
 UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
 
 
@@ -56,14 +57,12 @@ class HopperKernel(TritonKernel):
     ):
         """`Kernel.forward`. A program stays on its multiprocessor until the end; `margin` multiprocessors get none, so
         that another kernel, NCCL's say, can run beside this one."""
-        from .hopper_forward_launch import forward
-
-        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
+        launch = module("hopper_forward_launch")
+        return launch.forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
-        from .hopper_backward_launch import WIDEST, backward
-
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
-        return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told)
+        launch = module("hopper_backward_launch")
+        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told)

@@ -19,9 +19,8 @@ from .triton_arguments import block_width
 from .triton_launch import MOST_TILES, positive, section
 from .turns import Turns, turns_of
 
-__all__ = ["WIDEST", "backward"]
+__all__ = ["backward"]
 
-WIDEST = 128  # head dim; dK and dV of wider ones do not fit into registers
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
 
@@ -51,7 +50,7 @@ def backward(
     dv: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Kernel.backward`, for bfloat16 and float16 and head dims up to `WIDEST`.
+    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     A fresh dq has its heads before its rows in memory: adding to it touches fewer pages.
