@@ -85,7 +85,7 @@ def key_gradients_kernel(
                 b_lse = load_rows(lse + i_h.to(tl.int64) * ROWS + start + j, valid, float("inf"), BLOCK_ROWS)
                 b_s = dot_rows(b_k, b_q, PRECISION)
                 if CAP > 0:
-                    b_s, b_slope = tanh(b_s * (scale / CAP), b_k.dtype == tl.float32)
+                    b_s, b_slope = tanh(b_s * (scale / CAP))
                 b_dp = dot_rows(b_v, b_do, PRECISION)
                 b_p = tl.math.exp2(b_s * scale_log2 - (b_lse * LOG2E)[None, :])
                 if MASKED:
@@ -142,7 +142,7 @@ def query_gradients_kernel(
             b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
             b_s = dot_rows(b_q, b_k, PRECISION)
             if CAP > 0:
-                b_s, b_slope = tanh(b_s * (scale / CAP), b_q.dtype == tl.float32)
+                b_s, b_slope = tanh(b_s * (scale / CAP))
             b_dp = dot_rows(b_do, b_v, PRECISION)
             b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
             if (j < head) | (j >= tail):

@@ -72,7 +72,7 @@ def forward_kernel(
             b_k = load_block(k, k_strides, i_b, i_g, start + j, length - j, D, BLOCK_KEYS, BLOCK_D)
             b_s = dot_rows(b_q, b_k, PRECISION)
             if CAP > 0:
-                b_s, _ = tanh(b_s * (scale / CAP), b_q.dtype == tl.float32)
+                b_s, _ = tanh(b_s * (scale / CAP))
             if (j < head) | (j >= tail):
                 o_key = tl.arange(0, BLOCK_KEYS)[None, :]
                 last_key = last_key_seen(length, shift, low, high, BLOCK_ROWS)

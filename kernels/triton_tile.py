@@ -93,16 +93,15 @@ def dot_halves(b_a, b_b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tanh(b_x, EXACT: tl.constexpr):
-    """(1 - e) / (1 + e) with e = exp(-2 |x|); near 0, where that cancels, the first terms of a series if EXACT. And its
-    slope 4 e / (1 + e)^2, which is 1 - tanh^2 without cancelling for large x."""
+def tanh(b_x):
+    """(1 - e) / (1 + e) with e = exp(-2 |x|), or near 0, where that cancels, the first terms of a series; and its slope
+    4 e / (1 + e)^2, which is 1 - tanh^2 without cancelling for large x."""
     b_e = tl.math.exp2(tl.abs(b_x) * -2.8853900817779268)
     b_t = (1.0 - b_e) / (1.0 + b_e)
     b_t = tl.where(b_x < 0.0, -b_t, b_t)
-    if EXACT:
-        b_y = b_x * b_x
-        b_series = -0.33333333 + b_y * (0.13333333 + b_y * (-0.05396825 + b_y * 0.02186949))
-        b_t = tl.where(b_y < 0.0625, b_x + b_x * b_y * b_series, b_t)
+    b_y = b_x * b_x
+    b_series = -0.33333333 + b_y * (0.13333333 + b_y * (-0.05396825 + b_y * 0.02186949))
+    b_t = tl.where(b_y < 0.0625, b_x + b_x * b_y * b_series, b_t)
     return b_t, 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
 
 
