@@ -8,26 +8,34 @@ import torch
 from torch import Tensor
 
 from .interface import Arrival, accumulate_dtype
-from .portable import TritonKernel
+from .portable import TritonKernel, module
 
 __all__ = ["HopperKernel"]
 
 DTYPES = (torch.bfloat16, torch.float16)
+WIDEST = 128  # head dim of the backward; dK and dV of wider ones do not fit into registers
 UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
 
 
 class HopperKernel(TritonKernel):
-    """The portable kernels, where there is none of its own or they are faster: in the backward, for head dims over 128,
-    and for keys so few that tiles of 128 would leave multiprocessors idle.
+    """The portable kernels, where there is none of its own: in the backward, for head dims over 128.
 
-    The same inputs give the same bits, but for dq: programs add to it in any order. With
-    `torch.use_deterministic_algorithms(True)` they do so in a fixed one.
+    The same inputs give the same bits, but for dq: programs add to it in any order. They do so in a fixed one if
+    `deterministic`, or where that is None, if torch is told to be.
     """
 
     name = "hopper"
     caps_scores = False
     waits = True  # forward takes an `Arrival`
-    any_order = True  # of dq's sums, unless torch is told to be deterministic
+    yields = True  # forward takes a `margin`
+    any_order = True  # of dq's sums, unless told otherwise
+
+    def __init__(self, deterministic: bool | None = None):
+        self.deterministic = deterministic
+
+    def ordered(self, deterministic: bool) -> HopperKernel:
+        """This kernel, adding to dq in a fixed order or not, whatever torch is told."""
+        return HopperKernel(deterministic)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if find_spec("triton") is None:
@@ -44,15 +52,17 @@ class HopperKernel(TritonKernel):
             return "it needs compute capability 9.0, got {}.{}".format(*torch.cuda.get_device_capability(q.device))
         return None
 
-    def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None, arrival: Arrival | None = None):
-        from .hopper_forward_launch import forward
-
-        return forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival)
+    def forward(
+        self, q, k, v, segments, *, scale, running=None, out_dtype=None, arrival: Arrival | None = None, margin: int = 0
+    ):
+        """`Kernel.forward`. A program stays on its multiprocessor until the end; `margin` multiprocessors get none, so
+        that another kernel, NCCL's say, can run beside this one."""
+        launch = module("hopper_forward_launch")
+        return launch.forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
-        from .hopper_backward_launch import WIDEST, backward, fills
-
-        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST or not fills(k):
+        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, deterministic)
+        told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
+        launch = module("hopper_backward_launch")
+        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from triton.experimental.gluon import language as gl
 
-from .hopper_arguments import NARROWEST, CheckedDescriptor, describable, described, processors
+from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
 from .hopper_backward import hopper_backward_kernel
+from .launching import launch
 from .segments import Segments
 from .tiles import Work, key_tiles
 from .triton_arguments import block_width
-from .triton_launch import MOST_TILES, launch, positive, section
+from .triton_launch import MOST_TILES, positive, section
 from .turns import Turns, turns_of
 
-__all__ = ["WIDEST", "backward", "fills"]
+__all__ = ["backward"]
 
-WIDEST = 128  # head dim; dK and dV of wider ones do not fit into registers
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
 
 
-def fills(k: Tensor) -> bool:
-    """Whether there are as many tiles of these keys, [B, M, G, D], as the GPU has multiprocessors."""
-    batch, keys, groups, _ = k.shape
-    return batch * groups * -(-keys // KEYS) >= processors(k.device)
+def shares_of(group: int, longest: int, blocks: int, processors: int) -> int:
+    """How many programs share the query heads of a tile: two where the longest tile would take longer than all of them
+    spread evenly over the multiprocessors. No more, because from zero a + b is b + a: dk and dv stay the same bits.
+
+    Example:
+        >>> shares_of(4, 16, 136 * 8, 132), shares_of(4, 64, 2080 * 8, 132), shares_of(1, 16, 136 * 8, 132)
+        (2, 1, 1)
+    """
+    return 2 if group % 2 == 0 and longest * processors > blocks else 1
 
 
 def backward(
@@ -44,7 +50,7 @@ def backward(
     dv: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Kernel.backward`, for bfloat16 and float16 and head dims up to `WIDEST`.
+    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     A fresh dq has its heads before its rows in memory: adding to it touches fewer pages.
@@ -53,14 +59,16 @@ def backward(
     _, keys, groups, e = v.shape
     group, units = heads // groups, batch * groups
     width = max(NARROWEST, block_width(max(d, e)))
-    work, shifts = segments.derive((backward, keys, q.device), lambda s: lower(s, keys, q.device))
+    work, shifts, longest, blocks = segments.derive((backward, keys, q.device), lambda s: lower(s, keys, q.device))
     running = dk is not None or dv is not None
     tiles = work.busy if running else len(work.tiles)
     if tiles > MOST_TILES:
         raise ValueError(f"got {tiles} tiles of keys, and a grid takes {MOST_TILES}; call with fewer keys")
-    # With few programs a long tile holds up the end. Two programs can share one: from zero, a + b is b + a.
-    shares = 2 if group % 2 == 0 and not running and tiles * units < 2 * processors(q.device) else 1
-    start = torch.zeros if running or shares > 1 else torch.empty
+    shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
+    onto = running or shares > 1
+    if onto and dq is None and not running:
+        dq, dk, dv = all_zero(q, k, v)
+    start = torch.zeros if onto else torch.empty
     dk, dv = (
         start(x.shape, dtype=torch.float32, device=x.device) if total is None else total
         for x, total in ((k, dk), (v, dv))
@@ -73,7 +81,7 @@ def backward(
         counters = torch.zeros(batch * heads * cells, dtype=torch.int32, device=q.device)
     else:
         turns, counters = Turns(work.runs, work.runs), work.runs  # not read
-    sums = [x if describable(x) else x.contiguous() for x in (dq, dk, dv)]
+    sums = [described(x, ROWS, block) for x, block in ((dq, 64), (dk, width), (dv, width))]
     side = side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
     launch(
         hopper_backward_kernel,
@@ -82,25 +90,55 @@ def backward(
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             *(per_row(x, shifts) for x in (lse, delta)),
-            *(described(x, ROWS, block) for x, block in zip(sums, (64, width, width), strict=True)),
-            work.tiles, work.runs, *turns, counters, positive(scale), cells,
+            *sums, work.tiles, work.runs, *turns, counters, positive(scale), cells,
         ),
         (),
-        {"GROUPS": groups, "GROUP": group, "SHARE": group // shares, "SHIFTS": shifts, "num_warps": 4, "maxnreg": 168},
-        ADD=running or shares > 1,
-        ORDERED=deterministic,
+        (
+            ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("SHIFTS", shifts),
+            ("ADD", onto), ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 168),
+        ),
     )  # fmt: skip
     for total, x in zip((dq, dk, dv), sums, strict=True):
-        if x is not total:
-            total.copy_(x)
+        if x.base is not total:  # a copy that could be described
+            total.copy_(x.base)
     return dq, dk, dv
 
 
-def lower(segments: Segments, keys: int, device: torch.device) -> tuple[Work, int]:
-    """The tables of the backward, and how many copies of what there is one number per row of they need: TMA reads from
-    multiples of 16 bytes only, so runs that start anywhere need copies that start at each of 4 rows."""
+def all_zero(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """dq, dk and dv from zero, in one piece of memory: the host pays for each launch."""
+    total, places = laid_out(q.shape, k.shape, v.shape)
+    zeros = torch.zeros(total, dtype=torch.float32, device=q.device)
+    return [zeros.as_strided(*place) for place in places]
+
+
+@lru_cache(1024)
+def laid_out(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[int, list[tuple[torch.Size, tuple[int, ...], int]]]:
+    """How many numbers, and where in them dq, dk and dv are: shape, strides, place of the first."""
+    _, rows, heads, d = q
+    of_dq = (heads * rows * d, d, rows * d, 1)  # heads before rows
+    of_dk, of_dv = ((x[1] * x[2] * x[3], x[2] * x[3], x[3], 1) for x in (k, v))
+    ends = [*accumulate(x.numel() for x in (q, k, v))]
+    return ends[2], [(q, of_dq, 0), (k, of_dk, ends[0]), (v, of_dv, ends[1])]
+
+
+class Lowered(NamedTuple):
+    """The tables of the backward; how many copies of what there is one number per row of they need; how many blocks of
+    rows the longest tile walks, and all of them together."""
+
+    work: Work
+    shifts: int
+    longest: int
+    blocks: int
+
+
+def lower(segments: Segments, keys: int, device: torch.device) -> Lowered:
+    """TMA reads from multiples of 16 bytes only, so runs that start anywhere need copies that start at each of 4
+    rows."""
     work = tables(segments, keys)
-    return work.to(device), 4 if (work.runs[:, 0] % 4).any() else 1
+    blocks = -(-work.runs[:, 1] // BLOCK)
+    _, begin, end = work.tiles[0].tolist()
+    shifts = 4 if (work.runs[:, 0] % 4).any() else 1
+    return Lowered(work.to(device), shifts, int(blocks[begin:end].sum()), int(blocks.sum()))
 
 
 def tables(segments: Segments, keys: int) -> Work:
@@ -127,7 +165,7 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
-def per_row(x: Tensor, shifts: int) -> CheckedDescriptor:
+def per_row(x: Tensor, shifts: int) -> Described:
     """x [B, H, L] as [B * H * shifts, L]: copies of every row of x that begin at its first number, its second, ..."""
     length = x.shape[-1]
     even = -length % 4
@@ -135,6 +173,9 @@ def per_row(x: Tensor, shifts: int) -> CheckedDescriptor:
         x = torch.stack([pad(x[..., i:], (0, even + i)) for i in range(shifts)], 2)
     elif even:
         x = pad(x, (0, even))
-    x = x.contiguous().view(-1, length + even)
-    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return CheckedDescriptor(x, list(x.shape), [x.shape[1], 1], [1, ROWS], flat)
+    return Described(x.contiguous(), row_form(x.numel() // (length + even), length + even))
+
+
+@cache
+def row_form(rows: int, length: int) -> HopperForm:
+    return HopperForm([rows, length], [length, 1], [1, ROWS], torch.float32)

@@ -10,10 +10,11 @@ from torch import Tensor
 from .hopper_arguments import NARROWEST, described, processors
 from .hopper_forward import hopper_forward_kernel
 from .interface import Arrival, nothing_seen
+from .launching import Constants, launch
 from .segments import Segments
 from .tiles import query_tiles
 from .triton_arguments import strides
-from .triton_launch import launch, lower, positive, section
+from .triton_launch import lower, positive, section
 from .tuning import Tiling, architecture, tiling_for
 
 __all__ = ["forward"]
@@ -31,8 +32,10 @@ def forward(
     running: tuple[Tensor, Tensor] | None,
     out_dtype: torch.dtype,
     arrival: Arrival | None = None,
+    margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`Kernel.forward`; with `arrival`, of keys and values that are still on their way."""
+    """`Kernel.forward`; with `arrival`, of keys and values that are still on their way; on all multiprocessors but
+    `margin`."""
     batch, rows, heads, d = q.shape
     groups, e = v.shape[2:]
     tiling = tiling_for("hopper forward", architecture(q.device), q.dtype, max(d, e, NARROWEST), rows)
@@ -54,7 +57,7 @@ def forward(
     launch(
         hopper_forward_kernel,
         q.device,
-        (min(total, processors(q.device)), 1, 1),
+        (min(total, max(processors(q.device) - margin, 1)), 1, 1),
         (
             *(described(x, block) for x, block in ((q, ROWS), (k, tiling.keys), (v, tiling.keys))),
             *(out, lse, before, work.tiles, work.runs, positive(scale), rows, tiles, side, total),
@@ -70,11 +73,11 @@ def forward(
 
 
 @cache
-def constants(tiling: Tiling, heads: int, group: int, width: int, e: int) -> dict[str, int | bool]:
+def constants(tiling: Tiling, heads: int, group: int, width: int, e: int) -> Constants:
     """What the kernel is compiled for and that a shape and a tiling say."""
     parts = tiling.rows // ROWS
     registers, at_start = REGISTERS[parts]
-    return {
+    named = {
         "HEADS": heads,
         "GROUP": group,
         "E": e,
@@ -86,3 +89,4 @@ def constants(tiling: Tiling, heads: int, group: int, width: int, e: int) -> dic
         "num_warps": 4,
         "maxnreg": at_start,
     }
+    return tuple(named.items())

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Arrival", "Capped", "Kernel", "accumulate_dtype", "nothing_seen", "row_delta"]
+__all__ = ["Arrival", "Capped", "Kernel", "accumulate_dtype", "nothing_seen", "rounded", "row_delta"]
 
 
 class Arrival(NamedTuple):
@@ -89,6 +89,10 @@ class Kernel(Protocol):
         """`row_delta`, as this kernel computes it."""
         ...
 
+    def rounded(self, sums: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """`rounded`, as this kernel computes it."""
+        ...
+
     def backward(
         self,
         dout: Tensor,
@@ -127,7 +131,7 @@ class Capped:
         self.kernel: Any = kernel  # its methods take one argument more
         self.softcap = softcap
         self.name, self.reads_delta = kernel.name, kernel.reads_delta
-        self.refuses, self.row_delta = kernel.refuses, kernel.row_delta
+        self.refuses, self.row_delta, self.rounded = kernel.refuses, kernel.row_delta, kernel.rounded
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         return self.kernel.forward(*arguments, **options, softcap=self.softcap)
@@ -145,6 +149,12 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     """delta_BHL = sum over E of dout * out: what the softmax's normalisation takes from every score's gradient."""
     dtype = accumulate_dtype(dout)
     return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).contiguous()
+
+
+def rounded(sums: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous dq, dk and dv of a dtype, from those that `Kernel.backward` gives. One that has the dtype stays."""
+    dq, dk, dv = (x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in sums)
+    return dq, dk, dv
 
 
 def nothing_seen(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

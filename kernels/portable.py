@@ -5,16 +5,25 @@ Nothing here imports Triton before a kernel runs, so that `import ringattn` work
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype, nothing_seen
+from .interface import accumulate_dtype, nothing_seen, rounded
 
-__all__ = ["TritonKernel"]
+__all__ = ["TritonKernel", "module"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@cache
+def module(name: str) -> Any:
+    """A module of this folder, imported when it is first needed; an import statement would look for it each time."""
+    return import_module(f".{name}", __package__)
 
 
 class TritonKernel:
@@ -38,26 +47,26 @@ class TritonKernel:
         return None
 
     def forward(self, q, k, v, segments, *, scale, running=None, out_dtype=None, softcap=0.0):
-        from .triton_launch import forward
-
         out_dtype = out_dtype or accumulate_dtype(q)
         if not segments:
             out, lse = running or nothing_seen(q, v)
             return out.to(out_dtype), lse
-        return forward(q, k, v, segments, scale, running, out_dtype, softcap)
+        return module("triton_launch").forward(q, k, v, segments, scale, running, out_dtype, softcap)
 
     def row_delta(self, dout, out):
-        from .triton_launch import row_delta
+        return module("triton_launch").row_delta(dout, out)
 
-        return row_delta(dout, out)
+    def rounded(self, sums, dtype):
+        if dtype == torch.float32:
+            return rounded(sums, dtype)
+        return module("triton_rounding").rounded(sums, dtype)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, softcap=0.0):
-        from .triton_launch import key_gradients, query_gradients
-
         if not segments:
             return tuple(
                 x.new_zeros(x.shape, dtype=accumulate_dtype(x)) if total is None else total
                 for x, total in ((q, dq), (k, dk), (v, dv))
             )
-        dk, dv = key_gradients(dout, q, k, v, lse, delta, segments, scale, dk, dv, softcap)
-        return query_gradients(dout, q, k, v, lse, delta, segments, scale, dq, softcap), dk, dv
+        launch = module("triton_launch")
+        dk, dv = launch.key_gradients(dout, q, k, v, lse, delta, segments, scale, dk, dv, softcap)
+        return launch.query_gradients(dout, q, k, v, lse, delta, segments, scale, dq, softcap), dk, dv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .aten import AtenKernel, CudnnKernel
@@ -26,9 +27,13 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0) -> Choice:
-    """The kernel called `name`, or for "auto" the preferred one; it caps scores at `softcap`, unless that is 0. Depends
-    on device, dtype, head dims and softcap only, never on lengths, so that every rank of a group chooses alike.
+def choose_kernel(
+    name: str, q: Tensor, k: Tensor, v: Tensor, *, softcap: float = 0.0, deterministic: bool | None = None
+) -> Choice:
+    """The kernel called `name`, or for "auto" the preferred one; it caps scores at `softcap`, unless that is 0, and its
+    gradients are the same bits at every run if `deterministic`, or where that is None, if torch is told so when they
+    are computed. Depends on device, dtype, head dims and these options only, never on lengths, so that every rank of a
+    group chooses alike.
 
     Raises:
         ValueError: no kernel has that name.
@@ -36,9 +41,16 @@ def choose_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, *, softcap: float 
     """
 
     def refusal(kernel: Kernel) -> str | None:
-        return "it does not cap scores" if softcap and not kernel.caps_scores else kernel.refuses(q, k, v)
+        if softcap and not kernel.caps_scores:
+            return "it does not cap scores"
+        by_torch = isinstance(kernel, AtenKernel) and q.is_cuda
+        if deterministic and by_torch and not torch.are_deterministic_algorithms_enabled():
+            return "its gradients are sums in any order, unless torch.use_deterministic_algorithms(True)"
+        return kernel.refuses(q, k, v)
 
     def chosen(kernel: Kernel, reason: str) -> Choice:
+        if deterministic is not None and hasattr(kernel, "ordered"):
+            kernel = kernel.ordered(deterministic)  # pyright: ignore[reportAttributeAccessIssue]
         return Choice(Capped(kernel, softcap) if softcap else kernel, reason)
 
     if name == "auto":

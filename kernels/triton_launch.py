@@ -7,13 +7,12 @@ follows from segments is made once per list (`Segments.derive`), and what follow
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .launching import Constants, launch
 from .segments import Segments
 from .tiles import Work, key_tiles, query_tiles
 from .triton_arguments import addressable, block_width, strides, walked
@@ -80,7 +79,7 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
         (-(-rows // DELTA_ROWS) * heads, batch, 1),
         (dout, out, delta, rows),
         (strides(dout), strides(out)),
-        {"HEADS": heads, "E": e, "BLOCK_ROWS": DELTA_ROWS, "BLOCK_E": block_width(e)},
+        (("HEADS", heads), ("E", e), ("BLOCK_ROWS", DELTA_ROWS), ("BLOCK_E", block_width(e))),
     )
     return delta
 
@@ -162,23 +161,6 @@ def query_gradients(
     return dq
 
 
-def launch(
-    kernel: Any,
-    device: torch.device,
-    size: tuple[int, int, int],
-    operands: tuple,
-    steps: tuple[tuple[int, ...] | None, ...],
-    constants: dict[str, int],
-    **more: bool | str | float,
-) -> None:
-    """Starts a kernel. Integers that only say how long something is are not specialised on, strides are: blocks are
-    read 16 bytes at a time where strides allow it."""
-    if 0 in size:
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[size](*operands, *steps, **constants, **more)
-
-
 def grid(tiles: int, units: int, programs: int, *walked: Tensor) -> tuple[int, int, int]:
     """`programs` programs for each tile and each unit, a key/value head of one sequence; `walked` are the tensors
     that every tile reads anew."""
@@ -216,10 +198,9 @@ def start_sum(x: Tensor, total: Tensor | None, add: bool) -> Tensor:
 
 
 @lru_cache(1024)
-def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[str, int]:
+def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> Constants:
     """What a kernel is compiled for and that a shape and a tiling say."""
-    limit = {} if tiling.registers is None else {"maxnreg": tiling.registers}
-    return {
+    named = {
         "HEADS": heads,
         "GROUP": heads // groups,
         "D": d,
@@ -230,8 +211,10 @@ def constants(tiling: Tiling, heads: int, groups: int, d: int, e: int) -> dict[s
         "BLOCK_E": block_width(e),
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
-        **limit,
     }
+    if tiling.registers is not None:
+        named["maxnreg"] = tiling.registers
+    return tuple(named.items())
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.attention import choose, ring_attention
+from ringattn.attention import ring_attention
 from ringattn.documents import CuSeqlens, documents_of
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import Layout, make_layout
 from ringattn.mask import Mask, WindowSize, make_mask
 from ringattn.plan import Plan, plan_of
+from ringattn.preparation import choose
 from ringattn.ranks import group_name, ranks_named
 
 __all__ = ["ContextParallel"]
@@ -28,7 +29,7 @@ class ContextParallel:
             is not initialised).
         layout: "zigzag" balances dense causal work, "balanced" any: packed documents, windows; "contiguous" and
             "striped" are the others. "balanced" depends on the documents: give it the same cu_seqlens everywhere.
-        kernel, executor: see `ring_attention`.
+        kernel, executor, deterministic: see `ring_attention`.
         balance: what "balanced" balances, besides documents: `Mask(causal=True, window=(4095, 0))` where all layers
             have that window. Causal unless given. The layers of a model share one layout whatever their masks are.
 
@@ -48,6 +49,7 @@ class ContextParallel:
         layout: str = "zigzag",
         kernel: str = "auto",
         executor: str = "auto",
+        deterministic: bool | None = None,
         balance: Mask | None = None,
     ):
         make_layout(layout, 0, 1)  # an unknown name raises here, not at the first call
@@ -57,6 +59,7 @@ class ContextParallel:
         self.balance = balance or Mask(causal=True)
         self.kernel = kernel
         self.executor = executor
+        self.deterministic = deterministic
         self._ranks = ranks_named(group_name(group))
         self.group = self._ranks.group
         self.rank = self._ranks.rank
@@ -117,13 +120,14 @@ class ContextParallel:
         return positions.to(device or "cpu")
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """`ring_attention` with this object's group, layout, kernel and executor.
+        """`ring_attention` with this object's group, layout, kernel, executor and determinism.
 
         Args:
             q, k, v (Tensor): this rank's [B, L, H, D], [B, L, G, D], [B, L, G, E].
             options: causal, window_size, cu_seqlens, sinks, softcap, softmax_scale, seq_len, return_lse.
         """
-        how = {"layout": self.layout, "kernel": self.kernel, "executor": self.executor, "balance": self.balance}
+        how: dict[str, Any] = {"layout": self.layout, "kernel": self.kernel, "executor": self.executor}
+        how |= {"deterministic": self.deterministic, "balance": self.balance}
         return ring_attention(q, k, v, group=self.group, **how, **options)
 
     def plan(
@@ -143,7 +147,7 @@ class ContextParallel:
     def explain(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> str:
         """What attention on such tensors would run, and why, with the times that were predicted. What ranks have in
         common is known after the first call of `attention`; before it, executors that need one node are left out."""
-        choice = choose_kernel(self.kernel, q, k, v)
+        choice = choose_kernel(self.kernel, q, k, v, deterministic=self.deterministic)
         plan = self.plan(q.shape[1] * self.size, causal=causal)
         executor = choose(self._ranks, plan, q, k, v, choice.kernel, self.executor)
         return "\n".join(

@@ -251,7 +251,7 @@ def choose_executor(name: str, load: Workload) -> Choice:
         NotImplementedError: the executor asked for by name cannot run here.
     """
     if load.plan.ranks == 1:
-        return Choice("ring", Schedule(), "one rank")
+        return Choice("gather", Schedule(), "one rank")
     if name == "pull" and not load.same_node:
         raise NotImplementedError(
             "executor='pull' needs ranks on one node whose GPUs reach each other's memory, and Triton; "

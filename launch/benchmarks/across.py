@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import ringattn
-from ringattn.attention import EXECUTORS, choose
 from ringattn.kernels.registry import KERNELS
 from ringattn.kernels.segments import Segments
 from ringattn.layout import LAYOUTS, Layout
 from ringattn.plan import Plan, make_plan
+from ringattn.preparation import EXECUTORS, choose
 from ringattn.ranks import group_name, ranks_named
 from ringattn.transport.symmetric import node
 

@@ -46,7 +46,7 @@ class Ours(Implementation):
         delta = KERNELS[self.kernel].row_delta(x.dout, out)
         with told_to_be_deterministic() if self.deterministic else nullcontext():
             grads = KERNELS[self.kernel].backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, scale=scale)
-        return tuple(grad.to(x.q.dtype) for grad in grads)
+        return KERNELS[self.kernel].rounded(grads, x.q.dtype)
 
 
 @contextmanager

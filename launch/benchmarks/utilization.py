@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ringattn.attention import EXECUTORS
+from ringattn.preparation import EXECUTORS
 
 from ..gang import Place
 from ..oracle import Case

@@ -82,5 +82,5 @@ class Executor(Protocol):
     def backward(
         self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor, /
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv of this rank's queries, keys and values."""
+        """dq, dk and dv of this rank's queries, keys and values, in the dtype of these or that of sums."""
         ...

@@ -119,10 +119,10 @@ def backward(
     call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's queries, keys and values; see `ring.backward`."""
-    work = Backward(call, dout, q, k, v, out, lse, delta)
     if call.transport is None:
-        work.own_keys(work.last)
-        return work.settle([])
+        segments = call.plan.segments(0, 0)
+        return call.kernel.backward(dout, q, k, v, out, lse, delta, segments, scale=call.scale)
+    work = Backward(call, dout, q, k, v, out, lse, delta)
     coming = bring(call, k, v, 0)
     work.own_keys(work.first)
     keys = coming()

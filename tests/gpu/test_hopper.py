@@ -1,4 +1,5 @@
-"""The Hopper forward while keys are still arriving: it waits for flags, and says so when one does not come."""
+"""The Hopper forward beside others: on some of the multiprocessors, and while keys are still arriving, when it waits
+for flags, and says so when one does not come."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ringattn.kernels.hopper import HopperKernel
 from ringattn.kernels.interface import Arrival
 from ringattn.kernels.segments import Segment, Segments
 
@@ -49,6 +51,15 @@ def forward():
 
 def ready(epoch: int = EPOCH) -> Tensor:
     return torch.full((SOURCES, GROUPS), epoch, dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.parametrize("margin", [16, 131])
+def test_room_for_others(margin):
+    """On fewer multiprocessors: the same bits."""
+    q = torch.randn(1, 4096, HEADS, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 4096, GROUPS, 128, device="cuda", dtype=torch.bfloat16)
+    attend = partial(HopperKernel().forward, q, k, v, Segments([Segment(0, 4096, 0, 4096, 0)]), scale=0.1)
+    assert all(torch.equal(x, y) for x, y in zip(attend(margin=margin), attend(), strict=True))
 
 
 def test_flags_that_come_late(forward):

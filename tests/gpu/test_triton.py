@@ -115,13 +115,6 @@ class RoundedKernel(ReferenceKernel):
         return tuple(x if total is None else total.add_(x) for total, x in zip((dq, dk, dv), fresh, strict=True))
 
 
-@pytest.fixture(autouse=True)
-def own_backward(monkeypatch):
-    """The Hopper kernel takes its own backward, however few the keys."""
-    if not HopperKernel().refuses(*(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))):
-        monkeypatch.setattr("ringattn.kernels.hopper_backward_launch.fills", lambda k: True)
-
-
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that nobody has written to holds NaN."""

@@ -211,6 +211,19 @@ def test_bit_equal_from_run_to_run(tiling):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("done", [0, 2])
+def test_gradients_leave_contiguous_and_rounded(dtype, done):
+    shapes = (2, 37, 6, 80), (2, 21, 3, 80), (2, 21, 3, 48)
+    dq, dk, dv = (torch.randn(shape, device=DEVICE) for shape in shapes)
+    dq = dq.transpose(1, 2).contiguous().transpose(1, 2)  # heads before rows
+    dk, dv = (x.to(dtype) for x in (dk, dv)) if done else (dk, dv[..., :40])
+    got = KERNEL.rounded((dq, dk, dv), dtype)
+    assert all(x.is_contiguous() for x in got)
+    assert all(torch.equal(x, total.to(dtype)) for x, total in zip(got, (dq, dk, dv), strict=True))
+    assert not done or (got[1] is dk and got[2] is dv)
+
+
 def test_refusals_say_why():
     x = torch.zeros(1, 4, 2, 16, device=DEVICE)
     assert "not torch.float64" in (KERNEL.refuses(*3 * [x.double()]) or "")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn import attention, ranks
+from ringattn import preparation, ranks
 from tests.gang import run_ranks
 
 
@@ -41,6 +41,7 @@ DISAGREEMENTS = [
     ({"v_head_dim": 16}, "v_head_dim is 8 on rank 0, 2 and 16 on rank 1"),
     ({"dtype": torch.float64}, "dtype is 'torch.float32' on rank 0, 2 and 'torch.float64' on rank 1"),
     ({"softmax_scale": 0.5}, "softmax_scale is 0.3 on rank 0, 2 and 0.5 on rank 1"),
+    ({"deterministic": True}, "deterministic is False on rank 0, 2 and True on rank 1"),
     ({"kernel": "aten"}, "kernel is 'reference' on rank 0, 2 and 'aten' on rank 1"),
 ]
 REFUSALS = [
@@ -57,7 +58,7 @@ REFUSALS = [
 def call(rank: int, changed: dict) -> str:
     """Rank 1 calls with something else than the others; what each rank was told."""
     mine = {"kernel": "reference", "causal": True, "softmax_scale": 0.3} | (changed if rank == 1 else {})
-    attention.__version__ = mine.pop("version", attention.__version__)
+    preparation.__version__ = mine.pop("version", preparation.__version__)
     inputs = tensors(**{name: mine.pop(name) for name in TENSOR_FIELDS if name in mine})
     start = time.monotonic()
     with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:

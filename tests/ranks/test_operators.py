@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ringattn
-from ringattn.attention import Settings
+from ringattn.preparation import Settings
 from ringattn.ranks import group_name
 from tests.gang import run_ranks
 
