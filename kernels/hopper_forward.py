@@ -2,12 +2,11 @@
 
 A program stays on its multiprocessor and works on one tile of query rows after the other (`hopper_tile.locate`). One
 warp only copies (`hopper_copy`). Each of two or three warpgroups owns 64 rows of the tile. In step j it starts
-Q K_j^T and P_(j-1) V_(j-1) together and computes P_j as soon as the scores are there, while the matrix units go on with
-P V and then with the step of another warpgroup; the warpgroups take turns (FlashAttention-3, arXiv:2407.08608, sections
-3.1 and 3.2):
+Q K_j^T and P_(j-1) V_(j-1) together and computes P_j when both are done, while the matrix units go on with the steps of
+the other warpgroups; they take turns (FlashAttention-3, arXiv:2407.08608, section 3.1):
 
-    matrix units      QK_j  PV_(j-1) | step of another | QK_(j+1)  PV_j | step of another
-    this warpgroup          | P_j -----------------|             | P_(j+1) -----------|
+    matrix units      QK_j  PV_(j-1) | steps of the others | QK_(j+1)  PV_j | steps of the others
+    this warpgroup                   | P_j ----------|                      | P_(j+1) ------|
 
 So values lag one block behind keys, and a slot of the ring of buffers holds K_j and V_(j-1). From one tile to the next
 nothing changes: P V of the last block runs beside the first scores of the next tile.

@@ -6,9 +6,9 @@ maximum is not looked for:
     P = 2^(S - m)        with m the maximum of the first block of keys that a tile sees
 
 Only when the sum of some P of a row has grown beyond 2^SLACK does a warp take the maximum and compute the block anew,
-for such rows alone: what a row gets does not depend on its neighbours. That is a branch, hardly ever taken. Until then P
-may be larger than one, which floats carry as well (16-bit ones: 2^SLACK is in the range of float16, too). The step is
-one piece of assembly, because only there a warp can branch by itself:
+for such rows alone: what a row gets does not depend on its neighbours. That is a branch, hardly ever taken. Until then
+P may be larger than one, which floats carry as well (float16 too, up to 2^15). The step is one piece of assembly,
+because only there a warp can branch by itself:
 
 - The sum of a row stays four partial sums, one in each of the lanes that share the row, until its tile is done.
 - P is kept as pairs of 16-bit numbers in one register each, as the matrix units take it.
@@ -78,14 +78,14 @@ def weigh(b_s, b_m, b_l, scale_log2, dtype: gl.constexpr, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def pick(b_x, I: gl.constexpr):
-    """Of [R, N], what each lane has as its I-th number of a row: [R, 4]."""
+def pick(b_x, N: gl.constexpr):
+    """Of [R, 4 n], what each lane has as its N-th number of a row: [R, 4]."""
     ROWS: gl.constexpr = b_x.shape[0]
     HALVINGS: gl.constexpr = bits(b_x.shape[1] // 4)
     for i in gl.static_range(HALVINGS):
         b_x = b_x.reshape([ROWS, b_x.shape[1] // 8, 2, 4]).permute((0, 1, 3, 2))
         b_even, b_odd = gl.split(b_x)
-        b_x = (b_odd if (I >> i) & 1 else b_even).reshape([ROWS, b_even.shape[1] * 4])
+        b_x = (b_odd if (N >> i) & 1 else b_even).reshape([ROWS, b_even.shape[1] * 4])
     return b_x
 
 
@@ -166,8 +166,8 @@ BOTH = (0, 1)  # rows of a thread
 
 @gluon.constexpr_function
 def weigh_asm(n, dtype, first):
-    """Operands: n pairs of P; n results of which the first are m, the factor and the sum, each of both rows; n lower and
-    n higher scores of the pairs; n times m; the scale. Rows take turns."""
+    """Operands: n pairs of P; n results, of which the first are m, the factor and the sum, each of both rows; n lower
+    and n higher scores of the pairs; n times m; n times the scale. Rows take turns."""
     pairs, results, lower, higher, m = ([f"${k * n + i}" for i in range(n)] for k in range(5))
     scale, scores = f"${5 * n}", (lower, higher)
     to_pair = f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32"

@@ -116,9 +116,9 @@ def locate(i_round, tiles, TILES, SIDE):
     no runs, and its rows are past all others.
 
     Pieces come in sections of `SIDE` heads, as many as share the L2 cache (`triton_launch.section`); in a section the
-    longest tiles come first, and for one tile its heads side by side. They are dealt to and fro: whoever has the longest
-    of one round has the shortest of the next. What is left over in the last round of a section goes to other programs
-    in each section.
+    longest tiles come first, and for one tile its heads side by side. They are dealt to and fro: whoever has the
+    longest of one round has the shortest of the next. What is left for the last round of a section goes to other
+    programs in each section.
     """
     programs = gl.num_programs(0)
     pieces = TILES * SIDE  # of a section
