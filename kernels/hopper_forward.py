@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_copy import copy_blocks
 from .hopper_rows import finish, sight, start
 from .hopper_scores import blank, hide, shrink, unpack, weigh
-from .hopper_tile import LOG2E, LOWEST, advance, locate, named_arrive, named_sync, product_layout, rounds_of, run_at
+from .hopper_tile import LOG2E, advance, locate, named_arrive, named_sync, product_layout, rounds_of, run_at
 
 __all__ = ["hopper_forward_kernel"]
 
@@ -134,9 +134,8 @@ def attend_rows(
     if PART == PARTS - 1:
         named_arrive(TURN, TWO)
     b_acc = gl.zeros([ROWS, BLOCK_E], gl.float32, OUT)
-    b_pair, b_l = blank(gl.zeros([ROWS, KEYS], gl.float32, S))
-    b_m = b_l + LOWEST
-    b_shrink = b_l + 1.0
+    b_pair, b_m, b_l = blank(gl.zeros([ROWS, KEYS], gl.float32, S))
+    b_shrink = gl.full_like(b_l, 1.0)
     last_bh = -1  # the tile whose last product is still to come; none yet
     last_row0 = LENGTH
     rounds = rounds_of(TILES, SIDE, TOTAL)

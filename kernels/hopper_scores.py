@@ -24,6 +24,8 @@ import struct
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .hopper_tile import LOWEST
+
 __all__ = ["blank", "hide", "shrink", "unpack", "weigh"]
 
 SLACK = 12  # log2 of a partial sum
@@ -31,9 +33,10 @@ SLACK = 12  # log2 of a partial sum
 
 @gluon.jit
 def blank(b_s):
-    """Of scores that are all zero: no P yet, in pairs, and a zero for each row and lane."""
+    """P in pairs, m and l before any block, in the layouts that follow from those of the scores; these are zero."""
     b_low, _b_high = gl.split(b_s.reshape([b_s.shape[0], b_s.shape[1] // 2, 2]))
-    return b_low.to(gl.int32), pick(b_low, 0)
+    b_l = pick(b_low, 0)
+    return b_low.to(gl.int32), b_l + LOWEST, b_l
 
 
 @gluon.jit
