@@ -39,7 +39,7 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     last = -1  # the block whose values come next; no block yet
     last_b = 0
     last_g = 0
-    for i_round in range(rounds_of(TOTAL)):
+    for i_round in range(rounds_of(TILES, SIDE, TOTAL)):
         i_bh, row0, begin, end = locate(i_round, tiles, TILES, SIDE)
         i_b = i_bh // HEADS
         i_h = i_bh % HEADS

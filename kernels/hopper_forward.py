@@ -2,12 +2,11 @@
 
 A program stays on its multiprocessor and works on one tile of query rows after the other (`hopper_tile.locate`). One
 warp only copies (`hopper_copy`). Each of two or three warpgroups owns 64 rows of the tile. In step j it starts
-Q K_j^T and P_(j-1) V_(j-1) together and computes P_j as soon as the scores are there, while the matrix units go on with
-P V and then with the step of another warpgroup; the warpgroups take turns (FlashAttention-3, arXiv:2407.08608, sections
-3.1 and 3.2):
+Q K_j^T and P_(j-1) V_(j-1) together and computes P_j when both are done, while the matrix units go on with the steps of
+the other warpgroups; they take turns (FlashAttention-3, arXiv:2407.08608, section 3.1):
 
-    matrix units      QK_j  PV_(j-1) | step of another | QK_(j+1)  PV_j | step of another
-    this warpgroup          | P_j -----------------|             | P_(j+1) -----------|
+    matrix units      QK_j  PV_(j-1) | steps of the others | QK_(j+1)  PV_j | steps of the others
+    this warpgroup                   | P_j ----------|                      | P_(j+1) ------|
 
 So values lag one block behind keys, and a slot of the ring of buffers holds K_j and V_(j-1). From one tile to the next
 nothing changes: P V of the last block runs beside the first scores of the next tile.
@@ -18,6 +17,7 @@ Names as in `triton_forward`; smem: buffers in shared memory; full, empty: their
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportAssignmentType=false, reportCallIssue=false
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_copy import copy_blocks
 from .hopper_rows import finish, sight, start
-from .hopper_scores import add_up, centre, eighths, hide, hold_back, pack, shrink, unpack
-from .hopper_tile import LOG2E, LOWEST, advance, locate, named_arrive, named_sync, product_layout, rounds_of, run_at
+from .hopper_scores import blank, hide, shrink, unpack, weigh
+from .hopper_tile import LOG2E, advance, locate, named_arrive, named_sync, product_layout, rounds_of, run_at
 
 __all__ = ["hopper_forward_kernel"]
 
@@ -133,23 +133,20 @@ def attend_rows(
     q_phase = 0
     if PART == PARTS - 1:
         named_arrive(TURN, TWO)
-    b_pair = pack(gl.zeros([ROWS, KEYS], gl.float32, S), dtype)
     b_acc = gl.zeros([ROWS, BLOCK_E], gl.float32, OUT)
-    b_m = gl.full([ROWS], LOWEST, gl.float32, ROW)
-    b_l = gl.sum(eighths(gl.zeros([ROWS, KEYS], gl.float32, S)), 1)
-    b_shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
+    b_pair, b_m, b_l = blank(gl.zeros([ROWS, KEYS], gl.float32, S))
+    b_shrink = gl.full_like(b_l, 1.0)
     last_bh = -1  # the tile whose last product is still to come; none yet
     last_row0 = LENGTH
-    rounds = rounds_of(TOTAL)
+    rounds = rounds_of(TILES, SIDE, TOTAL)
     i_bh, tile0, begin, end = locate(0, tiles, TILES, SIDE)
-    for i_round in range(rounds):
+    for i_round in tl.range(rounds, disable_licm=True):
         following = gl.minimum(i_round + 1, rounds - 1)
         if PARTS == 2:  # where registers suffice, what comes next is looked up while this tile is worked on
             next_bh, next_tile0, next_begin, next_end = locate(following, tiles, TILES, SIDE)
         row0 = tile0 + PART * ROWS
         if begin < end:
             _start, length, head, tail, shift, low, high, window = run_at(runs, begin)
-            last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
             at = buffer * PARTS + PART
             mbarrier.wait(q_full.index(at), q_phase)
             if KEEP:
@@ -162,42 +159,31 @@ def attend_rows(
                 acc = warpgroup_mma(unpack(b_pair, dtype, OUT), v_smem.index(slot), b_acc, is_async=True)
                 b_acc = warpgroup_mma_wait(0, deps=(acc,))
                 finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
-                b_acc, b_m, b_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
+                b_acc, b_m, b_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
                 named_sync(TURN + PART, TWO)
                 s = score(q, k_smem.index(slot), S)
                 named_arrive(TURN + (PART + 1) % PARTS, TWO)
                 b_s = warpgroup_mma_wait(0, deps=(s,))
-                if (head > 0) | (tail < KEYS):
-                    b_s = hide(b_s, last_key, oldest_key, WINDOW)
-                b_p, b_m, b_shrink = centre(b_s, b_m, scale_log2)
-                b_l = add_up(b_l, b_p, b_shrink)
             else:
                 named_sync(TURN + PART, TWO)
                 s = score(q, k_smem.index(slot), S)
                 acc = warpgroup_mma(unpack(b_pair, dtype, OUT), v_smem.index(slot), b_acc, is_async=True)
                 named_arrive(TURN + (PART + 1) % PARTS, TWO)
                 b_s = warpgroup_mma_wait(1, deps=(s,))
-                if (head > 0) | (tail < KEYS):
-                    b_s = hide(b_s, last_key, oldest_key, WINDOW)
-                b_new_acc, b_new_m, b_new_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
-                b_p, b_new_m, b_shrink = centre(b_s, b_new_m, scale_log2)
-                b_new_l = add_up(b_new_l, b_p, b_shrink)
-                if PARTS == 2:
-                    b_new_l = hold_back(b_new_l)
                 b_acc = warpgroup_mma_wait(0, deps=(acc,))
                 finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
-                b_acc = b_new_acc
-                b_m = b_new_m
-                b_l = b_new_l
+                b_acc, b_m, b_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
+            if (head > 0) | (tail < KEYS):
+                last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
+                b_s = hide(b_s, last_key, oldest_key, WINDOW)
             mbarrier.arrive(empty.index(slot), count=1)
             if KEEP:  # not before a product has read them: a load is under way for longer than a barrier takes
                 mbarrier.arrive(q_empty.index(at), count=1)
             slot, phase = advance(slot, phase, SLOTS)
-            b_pair = pack(b_p, dtype)
-            for i_run in range(begin, end):
+            b_pair, b_m, b_l, b_shrink = weigh(b_s, b_m, b_l, scale_log2, dtype, True)
+            for i_run in tl.range(begin, end, disable_licm=True):
                 _start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
-                last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
-                for j in range(gl.where(i_run == begin, KEYS, 0), length, KEYS):
+                for j in tl.range(gl.where(i_run == begin, KEYS, 0), length, KEYS, disable_licm=True):
                     mbarrier.wait(full.index(slot), phase)
                     b_acc = shrink(b_acc, b_shrink)
                     named_sync(TURN + PART, TWO)
@@ -206,22 +192,19 @@ def attend_rows(
                     named_arrive(TURN + (PART + 1) % PARTS, TWO)
                     b_s = warpgroup_mma_wait(1, deps=(s,))
                     if (j < head) | (j >= tail):
+                        last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
                         b_s = hide(b_s, last_key - j, oldest_key - j, WINDOW)
-                    b_p, b_m, b_shrink = centre(b_s, b_m, scale_log2)
-                    b_l = add_up(b_l, b_p, b_shrink)
-                    if PARTS == 2:
-                        b_l = hold_back(b_l)
                     b_acc = warpgroup_mma_wait(0, deps=(acc,))
                     mbarrier.arrive(empty.index(slot), count=1)
                     slot, phase = advance(slot, phase, SLOTS)
-                    b_pair = pack(b_p, dtype)
+                    b_pair, b_m, b_l, b_shrink = weigh(b_s, b_m, b_l, scale_log2, dtype, False)
             if not KEEP:
                 mbarrier.arrive(q_empty.index(at), count=1)
             buffer, q_phase = advance(buffer, q_phase, BUFFERS)
             last_bh = i_bh
             last_row0 = row0
         else:  # nothing to see: out 0 and lse -inf, or what they were
-            b_old_acc, b_old_m, b_old_l = start(b_acc, b_l, result, i_bh, row0, LENGTH, HEADS, E, MERGE, ROW)
+            b_old_acc, b_old_m, b_old_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
             finish(b_old_acc, b_old_m, b_old_l, result, error, i_bh, row0, LENGTH, HEADS, E, WAIT)
         if PARTS == 2:
             i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end

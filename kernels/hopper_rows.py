@@ -17,24 +17,26 @@ __all__ = ["finish", "sight", "start"]
 
 @gluon.jit
 def start(
-    b_acc, b_l, result, i_bh, row0, LENGTH,
-    HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr, ROW: gl.constexpr,
+    b_acc, b_m, result, i_bh, row0, LENGTH,
+    HEADS: gl.constexpr, E: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """acc, m and l of rows that have seen what out and lse say, or nothing. acc and l lie as `b_acc` and `b_l` do."""
+    """acc, m and l of rows that have seen what out and lse say, or nothing. They lie as `b_acc` and `b_m` do."""
     _out, lse, before, _out_strides, lse_strides, before_strides = result
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_E: gl.constexpr = b_acc.shape[1]
     OUT: gl.constexpr = b_acc.type.layout
+    ROW: gl.constexpr = gl.SliceLayout(1, b_m.type.layout)
+    b_zero = gl.zeros_like(b_m)
     if MERGE:
         p_before = rows_at(before, before_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, OUT)
         p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
         b_acc = gl.load(p_before, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, OUT), other=0.0)
         b_m = gl.load(p_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0, other=-float("inf")) * LOG2E
-        # That weighs 2^m in all, an eighth of it in each partial sum.
-        b_eighth = gl.convert_layout(gl.where(b_m == -float("inf"), 0.0, 0.125), gl.SliceLayout(1, b_l.type.layout))
-        return b_acc, gl.maximum(b_m, LOWEST), gl.zeros_like(b_l) + b_eighth[:, None]
+        # That weighs 2^m in all, a quarter of it in each lane's sum.
+        b_l = gl.where(b_m == -float("inf"), 0.0, 0.25)
+        return b_acc, b_zero + gl.maximum(b_m, LOWEST)[:, None], b_zero + b_l[:, None]
     else:
-        return gl.zeros_like(b_acc), gl.full([ROWS], LOWEST, gl.float32, ROW), gl.zeros_like(b_l)
+        return gl.zeros_like(b_acc), b_zero + LOWEST, b_zero
 
 
 @gluon.jit
@@ -46,10 +48,10 @@ def finish(
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_E: gl.constexpr = b_acc.shape[1]
     OUT: gl.constexpr = b_acc.type.layout
-    ROW: gl.constexpr = b_m.type.layout
-    b_weight = gl.convert_layout(gl.sum(b_l, 1), ROW)
+    ROW: gl.constexpr = gl.SliceLayout(1, b_m.type.layout)
+    b_weight = gl.sum(b_l, 1)
     seen = b_weight > 0.0
-    b_lse = gl.where(seen, (b_m + gl.log2(b_weight)) * LN2, -float("inf"))
+    b_lse = gl.where(seen, (gl.max(b_m, 1) + gl.log2(b_weight)) * LN2, -float("inf"))
     b_inverse = gl.where(seen, 1.0 / b_weight, 0.0)
     if WAIT:  # keys may not have been there
         poison = gl.where(gl.load(error, volatile=True) != 0, float("nan"), 0.0)
@@ -77,7 +79,7 @@ def rows_at(
     """Pointers to rows of one head of x [B, L, H, E]."""
     i_b = (i_bh // HEADS).to(gl.int64)
     i_h = (i_bh % HEADS).to(gl.int64)
-    x += i_b * strides[0] + row0.to(gl.int64) * strides[1] + i_h * strides[2]
+    x += i_b * wide(strides[0]) + row0.to(gl.int64) * wide(strides[1]) + i_h * wide(strides[2])
     o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     o_e = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT))
     return x + o_row[:, None] * strides[1] + o_e[None, :]
@@ -88,7 +90,14 @@ def sums_at(lse, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, R
     """Pointers to rows of one head of lse [B, H, L]."""
     i_b = (i_bh // HEADS).to(gl.int64)
     i_h = (i_bh % HEADS).to(gl.int64)
-    return lse + i_b * strides[0] + i_h * strides[1] + row0 + gl.arange(0, ROWS, layout=ROW)
+    return lse + i_b * wide(strides[0]) + i_h * wide(strides[1]) + row0 + gl.arange(0, ROWS, layout=ROW)
+
+
+@gluon.jit
+def wide(step):
+    """A stride in 64 bits. It is not negative, so the upper ones are zero, and no register has to keep them."""
+    step = gl.to_tensor(step)
+    return step.to(gl.uint32).to(gl.int64) if step.dtype == gl.int32 else step.to(gl.int64)
 
 
 @gluon.jit

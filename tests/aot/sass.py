@@ -6,10 +6,11 @@ after WARPGROUP.DEPBAR.LE gsb0, n once no more than n younger groups exist. `gsb
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
-__all__ = ["exponentials_in_the_shade", "overwritten_operands", "spills_in_product_loops"]
+__all__ = ["maxima_before_the_branch", "overwritten_operands", "spills_in_product_loops"]
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([^;]*);", re.MULTILINE)
 LINE = re.compile(r"^(?P<label>\.L_x_\d+):|^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?(?P<text>[^;]*);", re.MULTILINE)
@@ -46,20 +47,15 @@ def overwritten_operands(code: str) -> list[str]:
     return found
 
 
-def exponentials_in_the_shade(code: str) -> int:
-    """Of the innermost loop with the most exponentials: how many of them are computed while matrix units are busy with
-    this warpgroup's products, so after the wait for one group and before the wait for all."""
-    best = (0, 0)
+def maxima_before_the_branch(code: str) -> int:
+    """Maxima that are taken, in any innermost loop with products, after the last wait for a product and before the
+    branch that follows."""
+    found = 0
     for loop in innermost_loops(code):
-        if not any(text.startswith("HGMMA") for text in loop):
-            continue
-        shaded, busy = 0, False
-        for text in loop:
-            if wait := OUTSTANDING.match(text):
-                busy = wait[1] != "0"
-            shaded += busy and text.startswith("MUFU.EX2")
-        best = max(best, (sum(text.startswith("MUFU.EX2") for text in loop), shaded))
-    return best[1]
+        waits = [i for i, text in enumerate(loop) if OUTSTANDING.match(text)]
+        for text in itertools.takewhile(lambda text: not text.startswith("BRA"), loop[waits[-1] :] if waits else []):
+            found += text.startswith("FMNMX")
+    return found
 
 
 def spills_in_product_loops(code: str) -> int:
