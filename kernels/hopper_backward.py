@@ -38,15 +38,15 @@ BLOCK = gl.constexpr(128)  # rows of a block, two steps
 
 @gluon.jit(do_not_specialize=["CELLS"])
 def hopper_backward_kernel(
-    q, k, v, dout, lse, delta, dq, dk, dv, tiles, runs, visits, turns, counters, scale, CELLS,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, SHIFTS: gl.constexpr,
+    q, k, v, dout, lse, delta, dq, dk, dv, pieces, runs, visits, turns, counters, scale, CELLS,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr,
     ADD: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of every tile in `tiles`, stored or added, and dQ added to a sum.
+    """dK and dV of every tile in `pieces`, stored or added, and dQ added to a sum.
 
-    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D]. lse and delta are descriptors of [B * H * SHIFTS, L]:
-    copies that begin at row 0, 1, ..., because TMA reads from multiples of 16 bytes. A program takes SHARE of the
-    GROUP query heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
+    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D]. lse and delta are descriptors of [B * H, L]; runs
+    begin at multiples of 4 rows, because TMA reads from multiples of 16 bytes. A program takes SHARE of the GROUP query
+    heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
     SLOTS: gl.constexpr = 2 if WIDTH == 128 else 4
@@ -83,31 +83,29 @@ def hopper_backward_kernel(
     ring = (s_q, s_do, s_lse, s_delta, full, empty)
     adds = (s_dq, dq_full, dq_empty)
     gl.warp_specialize([
-        (compute, (0, dk, dv, scale, keys, ring, s_ds, adds, tiles, runs, GROUPS, GROUP, SHARE, ADD)),
-        (compute, (1, dk, dv, scale, keys, ring, s_ds, adds, tiles, runs, GROUPS, GROUP, SHARE, ADD)),
-        (load, (q, k, v, dout, lse, delta, keys, ring, tiles, runs, GROUPS, GROUP, SHARE, SHIFTS)),
-        (add, (dq, adds, tiles, runs, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED)),
+        (compute, (0, dk, dv, scale, keys, ring, s_ds, adds, pieces, runs, GROUPS, GROUP, SHARE, ADD)),
+        (compute, (1, dk, dv, scale, keys, ring, s_ds, adds, pieces, runs, GROUPS, GROUP, SHARE, ADD)),
+        (load, (q, k, v, dout, lse, delta, keys, ring, pieces, runs, GROUPS, GROUP, SHARE)),
+        (add, (dq, adds, pieces, runs, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
 @gluon.jit
 def load(
-    q, k, v, dout, lse, delta, keys, ring, tiles, runs,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, SHIFTS: gl.constexpr,
+    q, k, v, dout, lse, delta, keys, ring, pieces, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr
 ):  # fmt: skip
     """Keys and values once, then blocks of rows as fast as they are used up."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_lse, s_delta, full, empty = ring
-    i_b, i_g, head0, key0, first, end = place(tiles, GROUPS, GROUP, SHARE)
+    i_b, i_g, head0, key0, first, end = place(pieces, GROUPS, GROUP, SHARE)
     mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
     fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
     slot, phase = 0, 1
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
-        odd = start % SHIFTS
         for i_h in range(head0, head0 + SHARE):
-            i_row = (i_b * GROUPS * GROUP + i_h) * SHIFTS + odd
+            i_row = i_b * GROUPS * GROUP + i_h
             for n in range(gl.cdiv(length, BLOCK)):
                 row = start + block_at(n, length, head, tail)
                 for step in gl.static_range(2):
@@ -115,21 +113,21 @@ def load(
                     mbarrier.wait(empty.index(i), phase)
                     mbarrier.expect(full.index(i), 2 * q.block_type.nbytes + 8 * ROWS)
                     fetch(q, [i_b, i_h, j, 0], full.index(i), s_q.index(i))
-                    fetch(lse, [i_row, j - odd], full.index(i), s_lse.index(i))
+                    fetch(lse, [i_row, j], full.index(i), s_lse.index(i))
                     fetch(dout, [i_b, i_h, j, 0], full.index(i), s_do.index(i))
-                    fetch(delta, [i_row, j - odd], full.index(i), s_delta.index(i))
+                    fetch(delta, [i_row, j], full.index(i), s_delta.index(i))
                 slot, phase = next_pair(slot, phase, s_q.shape[0])
 
 
 @gluon.jit
 def compute(
-    HALF: gl.constexpr, dk, dv, scale, keys, ring, s_ds, adds, tiles, runs,
+    HALF: gl.constexpr, dk, dv, scale, keys, ring, s_ds, adds, pieces, runs,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One half of the tile's keys: their dK and dV, and one half of dQ of every block."""
     s_k, s_v, kv_full = keys
     s_dq, _, dq_empty = adds
-    _, _, _, _, first, end = place(tiles, GROUPS, GROUP, SHARE)
+    _, _, _, _, first, end = place(pieces, GROUPS, GROUP, SHARE)
     WIDTH: gl.constexpr = s_k.shape[1]
     SLOTS: gl.constexpr = ring[0].shape[0]
     block: gl.constexpr = wide_block if WIDTH == 128 else narrow_block
@@ -156,19 +154,19 @@ def compute(
         mbarrier.wait(dq_empty.index(part), (phase if SLOTS == 2 else slot >> 1) ^ 1)
     sums: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], gl.float32)
     s_out = viewed(s_dq, gl.float32, [2, 64, WIDTH], sums).index(HALF)
-    i_b, i_g, _, key0, _, _ = place(tiles, GROUPS, GROUP, SHARE)
+    i_b, i_g, _, key0, _, _ = place(pieces, GROUPS, GROUP, SHARE)
     put(dv, b_dv, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
     put(dk, b_dk * scale, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
 
 
 @gluon.jit
 def add(
-    dq, adds, tiles, runs, visits, turns, counters, CELLS,
+    dq, adds, pieces, runs, visits, turns, counters, CELLS,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """The parts of dQ of every block, as they come, to the sum in memory."""
     s_dq, dq_full, dq_empty = adds
-    i_b, _, head0, _, first, end = place(tiles, GROUPS, GROUP, SHARE)
+    i_b, _, head0, _, first, end = place(pieces, GROUPS, GROUP, SHARE)
     PARTS: gl.constexpr = s_dq.shape[0]
     phase = 0
     for i_run in range(first, end):
@@ -202,15 +200,15 @@ def add(
 
 
 @gluon.jit
-def place(tiles, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+def place(pieces, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
     """Batch, key/value head, first query head, first key, first run and end of the runs of this program."""
     SHARES: gl.constexpr = GROUP // SHARE
-    i_share = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+    p_piece = pieces + 4 * gl.program_id(0)
+    i_share = gl.load(p_piece)
     i_bg = i_share // SHARES
     i_g = i_bg % GROUPS
-    p_tile = tiles + 3 * gl.program_id(1)
     head0 = i_g * GROUP + i_share % SHARES * SHARE
-    return i_bg // GROUPS, i_g, head0, gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2)
+    return i_bg // GROUPS, i_g, head0, gl.load(p_piece + 1), gl.load(p_piece + 2), gl.load(p_piece + 3)
 
 
 @gluon.jit

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .dealing import queue
 from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
 from .hopper_backward import hopper_backward_kernel
 from .launching import launch
 from .segments import Segments
-from .tiles import Work, key_tiles
+from .tiles import Work, key_tiles, to_device
 from .triton_arguments import block_width
-from .triton_launch import MOST_TILES, positive, section
+from .triton_launch import positive, section
 from .turns import Turns, turns_of
 
 __all__ = ["backward"]
@@ -59,12 +60,13 @@ def backward(
     _, keys, groups, e = v.shape
     group, units = heads // groups, batch * groups
     width = max(NARROWEST, block_width(max(d, e)))
-    work, shifts, longest, blocks = segments.derive((backward, keys, q.device), lambda s: lower(s, keys, q.device))
+    work, longest, blocks = segments.derive((lower, keys), lambda s: lower(s, keys))
     running = dk is not None or dv is not None
     tiles = work.busy if running else len(work.tiles)
-    if tiles > MOST_TILES:
-        raise ValueError(f"got {tiles} tiles of keys, and a grid takes {MOST_TILES}; call with fewer keys")
     shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
+    side = shares * side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
+    shape = tiles, units * shares, side, processors(q.device)
+    pieces, runs = segments.derive((backward, keys, *shape, q.device), lambda _: placed(work, shape, q.device))
     onto = running or shares > 1
     if onto and dq is None and not running:
         dq, dk, dv = all_zero(q, k, v)
@@ -77,25 +79,24 @@ def backward(
         dq = torch.zeros(batch, heads, rows, d, dtype=torch.float32, device=q.device).transpose(1, 2)
     cells = -(-rows // BLOCK)
     if deterministic:
-        turns = segments.derive((turns_of, keys, q.device), lambda s: turns_of(tables(s, keys), BLOCK).to(q.device))
+        turns = segments.derive((turns_of, keys, q.device), lambda _: turns_of(work, BLOCK).to(q.device))
         counters = torch.zeros(batch * heads * cells, dtype=torch.int32, device=q.device)
     else:
-        turns, counters = Turns(work.runs, work.runs), work.runs  # not read
+        turns, counters = Turns(runs, runs), runs  # not read
     sums = [described(x, ROWS, block) for x, block in ((dq, 64), (dk, width), (dv, width))]
-    side = side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
     launch(
         hopper_backward_kernel,
         q.device,
-        (side * shares, tiles, units // side),
+        (len(pieces), 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
-            *(per_row(x, shifts) for x in (lse, delta)),
-            *sums, work.tiles, work.runs, *turns, counters, positive(scale), cells,
+            *(per_row(x) for x in (lse, delta)),
+            *sums, pieces, runs, *turns, counters, positive(scale), cells,
         ),
         (),
         (
-            ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("SHIFTS", shifts),
-            ("ADD", onto), ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 168),
+            ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("ADD", onto),
+            ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 168),
         ),
     )  # fmt: skip
     for total, x in zip((dq, dk, dv), sums, strict=True):
@@ -122,33 +123,27 @@ def laid_out(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[int, list[tup
 
 
 class Lowered(NamedTuple):
-    """The tables of the backward; how many copies of what there is one number per row of they need; how many blocks of
-    rows the longest tile walks, and all of them together."""
+    """The tables of the backward; how many blocks of rows the longest tile walks, and all of them together."""
 
     work: Work
-    shifts: int
     longest: int
     blocks: int
 
 
-def lower(segments: Segments, keys: int, device: torch.device) -> Lowered:
-    """TMA reads from multiples of 16 bytes only, so runs that start anywhere need copies that start at each of 4
-    rows."""
-    work = tables(segments, keys)
-    blocks = -(-work.runs[:, 1] // BLOCK)
-    _, begin, end = work.tiles[0].tolist()
-    shifts = 4 if (work.runs[:, 0] % 4).any() else 1
-    return Lowered(work.to(device), shifts, int(blocks[begin:end].sum()), int(blocks.sum()))
-
-
-def tables(segments: Segments, keys: int) -> Work:
-    """The tiles and runs, with a mask in all blocks of the tile that reaches past the end: its last keys are zeros, and
-    P of a zero need not be finite."""
-    work = key_tiles(segments, keys, KEYS, BLOCK)
+def lower(segments: Segments, keys: int) -> Lowered:
+    """Runs begin at rows that TMA can read lse from. In the tile that reaches past the end all blocks have a mask: its
+    last keys are zeros, and P of a zero need not be finite."""
+    work = key_tiles(segments, keys, KEYS, BLOCK, align=4)
     for key0, begin, end in work.tiles.tolist():
         if key0 + KEYS > keys:
             work.runs[begin:end, 3] = work.runs[begin:end, 2]
-    return work
+    blocks = work.blocks(BLOCK)
+    return Lowered(work, int(blocks.max(initial=0)), int(blocks.sum()))
+
+
+def placed(work: Work, shape: tuple[int, int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Who does what, in this order, and the runs, on the device."""
+    return to_device(queue(work, BLOCK, *shape), device), to_device(work.runs, device)
 
 
 @cache
@@ -165,13 +160,11 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
-def per_row(x: Tensor, shifts: int) -> Described:
-    """x [B, H, L] as [B * H * shifts, L]: copies of every row of x that begin at its first number, its second, ..."""
+def per_row(x: Tensor) -> Described:
+    """x [B, H, L] as [B * H, L]."""
     length = x.shape[-1]
     even = -length % 4
-    if shifts > 1:
-        x = torch.stack([pad(x[..., i:], (0, even + i)) for i in range(shifts)], 2)
-    elif even:
+    if even:
         x = pad(x, (0, even))
     return Described(x.contiguous(), row_form(x.numel() // (length + even), length + even))
 

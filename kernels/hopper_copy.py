@@ -24,8 +24,8 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     q, k, v, queries, ring, work, arrival = operands
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
-    tiles, runs, TILES, SIDE, TOTAL = work
-    flags, error, EPOCH, SLOT, PATIENCE = arrival
+    pieces, runs = work
+    far_k, far_v, flags, error, SHARED, EPOCH, SLOT, PATIENCE = arrival
     BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
     SLOTS: gl.constexpr = k_smem.shape[0]
@@ -39,24 +39,26 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     last = -1  # the block whose values come next; no block yet
     last_b = 0
     last_g = 0
-    for i_round in range(rounds_of(TILES, SIDE, TOTAL)):
-        i_bh, row0, begin, end = locate(i_round, tiles, TILES, SIDE)
+    for i_round in range(rounds_of(pieces)):
+        i_bh, row0, begin, end = locate(i_round, pieces)
         i_b = i_bh // HEADS
         i_h = i_bh % HEADS
         i_g = i_h // GROUP
         for i_run in range(begin, end):
             start = gl.load(runs + 8 * i_run)
             if WAIT:
-                i_flag = start // SLOT * (HEADS // GROUP) + i_g
-                await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
+                i_source = start // SLOT
+                if i_source > 0:
+                    i_flag = ((i_source - 1) * (HEADS // GROUP) + i_g) // SHARED
+                    await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
             for j in range(0, gl.load(runs + 8 * i_run + 1), KEYS):
                 mbarrier.wait(empty.index(slot), phase)
                 if last >= 0:
                     mbarrier.expect(full.index(slot), K_BYTES + V_BYTES)
-                    fetch(v, [last_b, last_g, last, 0], full.index(slot), v_smem.index(slot))
+                    fetch_keys(v, far_v, (last_b, last_g, last), full.index(slot), v_smem.index(slot), SLOT, WAIT)
                 else:
                     mbarrier.expect(full.index(slot), K_BYTES)
-                fetch(k, [i_b, i_g, start + j, 0], full.index(slot), k_smem.index(slot))
+                fetch_keys(k, far_k, (i_b, i_g, start + j), full.index(slot), k_smem.index(slot), SLOT, WAIT)
                 slot, phase = advance(slot, phase, SLOTS)
                 last = start + j
                 last_b = i_b
@@ -71,4 +73,17 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     if last >= 0:
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), V_BYTES)
-        fetch(v, [last_b, last_g, last, 0], full.index(slot), v_smem.index(slot))
+        fetch_keys(v, far_v, (last_b, last_g, last), full.index(slot), v_smem.index(slot), SLOT, WAIT)
+
+
+@gluon.jit
+def fetch_keys(near, far, place, full, smem, SLOT, WAIT: gl.constexpr):
+    """Starts to copy a block: the first slot of the axis is `near`, and the others are `far`."""
+    i_b, i_g, key = place
+    if WAIT:
+        if key < SLOT:
+            fetch(near, [i_b, i_g, key, 0], full, smem)
+        else:
+            fetch(far, [i_b, i_g, key - SLOT, 0], full, smem)
+    else:
+        fetch(near, [i_b, i_g, key, 0], full, smem)

@@ -38,18 +38,19 @@ TURN = gl.constexpr(9)  # the first of the named barriers at which warpgroups wa
 TWO = gl.constexpr(256)  # threads at such a barrier: one warpgroup that waits, one that lets it go on
 
 
-@gluon.jit(do_not_specialize=["LENGTH", "TILES", "SIDE", "TOTAL", "EPOCH", "SLOT", "PATIENCE"])
+@gluon.jit(do_not_specialize=["LENGTH", "SHARED", "EPOCH", "SLOT", "PATIENCE"])
 def hopper_forward_kernel(
-    q, k, v, out, lse, before, tiles, runs, scale, LENGTH, TILES, SIDE, TOTAL,
-    flags, error, EPOCH, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+    q, k, v, out, lse, before, pieces, runs, scale, LENGTH,
+    far_k, far_v, flags, error, SHARED, EPOCH, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
     out_strides, lse_strides, before_strides,
     HEADS: gl.constexpr, GROUP: gl.constexpr, E: gl.constexpr,
     PARTS: gl.constexpr, BUFFERS: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, KEEP: gl.constexpr,
     MERGE: gl.constexpr, WINDOW: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of all tiles, in TOTAL pieces of work. q, k, v are descriptors of [B, H, L, D].
+    """out and lse of all pieces of work. q, k, v are descriptors of [B, H, L, D].
 
-    MERGE: `before` and `lse` hold what was seen before. WAIT: keys are there when their flags say so (`await_flag`).
+    MERGE: `before` and `lse` hold what was seen before. WAIT: keys from SLOT on are in far_k and far_v, and there when
+    the flag says so (`await_flag`) that SHARED key/value heads of a slot have.
     PARTS warpgroups; BUFFERS for the queries of as many tiles, SLOTS in the ring; REGISTERS for each thread of all
     warpgroups but the first, which gets what is left. KEEP: queries are multiplied from registers.
     """
@@ -78,8 +79,8 @@ def hopper_forward_kernel(
     fence_async_shared()
     queries = q_smem, q_full, q_empty
     ring = k_smem, v_smem, full, empty
-    work = tiles, runs, TILES, SIDE, TOTAL
-    arrival = flags, error, EPOCH, SLOT, PATIENCE
+    work = pieces, runs
+    arrival = far_k, far_v, flags, error, SHARED, EPOCH, SLOT, PATIENCE
     result = out, lse, before, out_strides, lse_strides, before_strides
     rows = queries, ring, work, result, error, scale, LENGTH
     copies = q, k, v, queries, ring, work, arrival
@@ -116,7 +117,7 @@ def attend_rows(
     queries, ring, work, result, error, scale, LENGTH = operands
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
-    tiles, runs, TILES, SIDE, TOTAL = work
+    pieces, runs = work
     BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
     SLOTS: gl.constexpr = k_smem.shape[0]
@@ -138,12 +139,12 @@ def attend_rows(
     b_shrink = gl.full_like(b_l, 1.0)
     last_bh = -1  # the tile whose last product is still to come; none yet
     last_row0 = LENGTH
-    rounds = rounds_of(TILES, SIDE, TOTAL)
-    i_bh, tile0, begin, end = locate(0, tiles, TILES, SIDE)
+    rounds = rounds_of(pieces)
+    i_bh, tile0, begin, end = locate(0, pieces)
     for i_round in tl.range(rounds, disable_licm=True):
         following = gl.minimum(i_round + 1, rounds - 1)
         if PARTS == 2:  # where registers suffice, what comes next is looked up while this tile is worked on
-            next_bh, next_tile0, next_begin, next_end = locate(following, tiles, TILES, SIDE)
+            next_bh, next_tile0, next_begin, next_end = locate(following, pieces)
         row0 = tile0 + PART * ROWS
         if begin < end:
             _start, length, head, tail, shift, low, high, window = run_at(runs, begin)
@@ -209,7 +210,7 @@ def attend_rows(
         if PARTS == 2:
             i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end
         else:
-            i_bh, tile0, begin, end = locate(following, tiles, TILES, SIDE)
+            i_bh, tile0, begin, end = locate(following, pieces)
     if last_bh >= 0:
         mbarrier.wait(full.index(slot), phase)
         b_acc = shrink(b_acc, b_shrink)

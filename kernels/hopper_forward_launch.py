@@ -7,19 +7,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .dealing import dealt_tiles
 from .hopper_arguments import NARROWEST, described, processors
 from .hopper_forward import hopper_forward_kernel
 from .interface import Arrival, nothing_seen
 from .launching import Constants, launch
 from .segments import Segments
-from .tiles import query_tiles
 from .triton_arguments import strides
-from .triton_launch import lower, positive, section
+from .triton_launch import positive, section
 from .tuning import Tiling, architecture, tiling_for
 
 __all__ = ["forward"]
 
 ROWS = 64  # of a tile, that a warpgroup owns
+NOTHING = (None, None, None, None, 1, 0, 1, 0)  # is on its way
 REGISTERS = {2: (240, 168), 3: (160, 128)}  # by warpgroups: for each thread of theirs, and when the program starts
 
 
@@ -34,13 +35,12 @@ def forward(
     arrival: Arrival | None = None,
     margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`Kernel.forward`; with `arrival`, of keys and values that are still on their way; on all multiprocessors but
+    """`Kernel.forward`; with `arrival`, also of keys and values that are still on their way; on all multiprocessors but
     `margin`."""
     batch, rows, heads, d = q.shape
     groups, e = v.shape[2:]
     tiling = tiling_for("hopper forward", architecture(q.device), q.dtype, max(d, e, NARROWEST), rows)
-    work = lower(query_tiles, segments, rows, tiling.rows, tiling.keys, q.device)
-    if not work.busy:
+    if not segments:
         out, lse = running or nothing_seen(q, v)
         return out.to(out_dtype), lse
     if running is None:
@@ -49,19 +49,20 @@ def forward(
     else:
         before, lse = running
         out = before if before.dtype == out_dtype else torch.empty_like(before, dtype=out_dtype)
-    tiles = work.busy if running and out is before else len(work.tiles)
     units, group = batch * groups, heads // groups
-    side = group * section(units, (k.numel() + v.numel()) * k.element_size() // units)
-    total = tiles * units * group
-    flags, epoch, slot, patience, error = arrival or (None, 0, 1, 0, None)
+    walked = (k, v) if arrival is None else (k, v, arrival.k, arrival.v)
+    side = group * section(units, sum(x.numel() for x in walked) * k.element_size() // units)
+    programs, everything = max(processors(q.device) - margin, 1), not (running and out is before)
+    shape = rows, tiling.rows, tiling.keys, batch * heads, side, programs, everything
+    work = segments.derive((*shape, q.device), lambda s: dealt_tiles(s, *shape).to(q.device))
     launch(
         hopper_forward_kernel,
         q.device,
-        (min(total, max(processors(q.device) - margin, 1)), 1, 1),
+        (work.programs, 1, 1),
         (
             *(described(x, block) for x, block in ((q, ROWS), (k, tiling.keys), (v, tiling.keys))),
-            *(out, lse, before, work.tiles, work.runs, positive(scale), rows, tiles, side, total),
-            *(flags, error, epoch, slot, patience),
+            *(out, lse, before, work.pieces, work.runs, positive(scale), rows),
+            *(NOTHING if arrival is None else waited(arrival, groups, tiling.keys)),
         ),
         (strides(out), strides(lse), strides(before)),
         constants(tiling, heads, group, max(d, e), e),
@@ -70,6 +71,12 @@ def forward(
         WAIT=arrival is not None,
     )
     return out, lse
+
+
+def waited(arrival: Arrival, groups: int, keys: int) -> tuple:
+    """What the kernel is told of keys on their way."""
+    k, v, flags, epoch, slot, patience, error = arrival
+    return described(k, keys), described(v, keys), flags, error, groups // flags.shape[1], epoch, slot, patience
 
 
 @cache

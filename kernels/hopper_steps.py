@@ -135,9 +135,10 @@ def hidden(b_p, mask, ROW, HALF: gl.constexpr):
     if masked:
         _, length, _, _, shift, low, high, window = run_at(runs, i_run)
         key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, b_p.type.layout))
-        first_row = key - shift - j - ROW
-        end = gl.maximum(length - j - ROW - first_row, 0)
-        span = gl.where((key >= low) & (key < high), gl.minimum(end, window), 0)
+        first_row = gl.maximum(key - shift, low >> 16)  # rows before that are of no segment
+        end = gl.minimum(length, key - shift + window)
+        span = gl.where((key >= (low & 0xFFFF)) & (key < high), gl.maximum(end - first_row, 0), 0)
+        first_row -= j + ROW
         row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, b_p.type.layout))
         b_p = gl.where((row[None, :] - first_row[:, None]).to(gl.uint32) < span.to(gl.uint32)[:, None], b_p, 0.0)
     return b_p

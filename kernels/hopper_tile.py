@@ -31,7 +31,6 @@ __all__ = [
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-NOWHERE = gl.constexpr(1 << 30)  # a row past all others
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # the maximum over nothing; -inf less -inf would be NaN
 
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.7
@@ -105,34 +104,13 @@ def await_flag(flag, error, EPOCH, PATIENCE, i_flag):
 
 
 @gluon.jit
-def rounds_of(TILES, SIDE, TOTAL):
-    """How many pieces of work this program is offered; some may be none."""
-    return TOTAL // (TILES * SIDE) * gl.cdiv(TILES * SIDE, gl.num_programs(0))
+def rounds_of(pieces):
+    """How many pieces of work this program has."""
+    return gl.load(pieces + 4 * gl.program_id(0))
 
 
 @gluon.jit
-def locate(i_round, tiles, TILES, SIDE):
-    """Head (of all sequences' heads), first row, first run and end of runs of a piece of work; a piece that is none has
-    no runs, and its rows are past all others.
-
-    Pieces come in sections of `SIDE` heads, as many as share the L2 cache (`triton_launch.section`); in a section the
-    longest tiles come first, and for one tile its heads side by side. They are dealt to and fro: whoever has the
-    longest of one round has the shortest of the next. What is left for the last round of a section goes to other
-    programs in each section.
-    """
-    programs = gl.num_programs(0)
-    pieces = TILES * SIDE  # of a section
-    full = pieces // programs
-    section = i_round // gl.cdiv(pieces, programs)
-    turn = i_round - section * gl.cdiv(pieces, programs)
-    seat = gl.where((section * full + turn) % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
-    left_over = pieces - full * programs
-    seat = gl.where(turn == full, (seat + section * (programs - left_over)) % programs, seat)
-    piece = turn * programs + seat
-    real = piece < pieces
-    piece = gl.where(real, piece, 0)
-    i_tile = piece // SIDE
-    p_tile = tiles + 3 * i_tile
-    begin = gl.load(p_tile + 1)
-    row0 = gl.where(real, gl.load(p_tile), NOWHERE)
-    return section * SIDE + piece - i_tile * SIDE, row0, begin, gl.where(real, gl.load(p_tile + 2), begin)
+def locate(i_round, pieces):
+    """Head (of all sequences' heads), first row, first run and end of runs of a piece of work: see `dealing.py`."""
+    p_piece = pieces + 4 * ((i_round + 1) * gl.num_programs(0) + gl.program_id(0))
+    return gl.load(p_piece), gl.load(p_piece + 1), gl.load(p_piece + 2), gl.load(p_piece + 3)

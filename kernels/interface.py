@@ -31,15 +31,20 @@ __all__ = ["Arrival", "Capped", "Kernel", "accumulate_dtype", "nothing_seen", "r
 
 
 class Arrival(NamedTuple):
-    """Keys and values that arrive while the kernel runs: it reads keys of a source only once their flag has come. Only
+    """Keys and values that arrive while the kernel runs: it reads those of a source only once their flag has come. Only
     a kernel that says so in `waits` takes this.
 
-    flags: int32 [sources, G], on the device. Keys from `slot` * i on are the i-th source's, and its key/value head g is
-        there as soon as flags[i, g] has reached `epoch` (may wrap around).
-    patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes
-        1 + i * G + g, no flag is waited for any longer, and all of out and lse that is computed from then on is NaN.
+    Segments count keys in slots: the first holds the keys that the kernel is called with, the others these.
+    k, v: [B, sources * slot, G, D] and [B, sources * slot, G, E].
+    flags: int32 [sources, F], on the device, F a divisor of G: of every source the first G / F heads have a flag, and
+        so on. They are there as soon as it has reached `epoch` (may wrap around).
+    patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes one
+        more than the flag's place in `flags`, no flag is waited for any longer, and all of out and lse that is computed
+        from then on is NaN. So it is if `error` does not hold 0 to begin with.
     """
 
+    k: Tensor
+    v: Tensor
     flags: Tensor
     epoch: int
     slot: int

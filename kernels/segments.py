@@ -173,7 +173,8 @@ def canonical_table(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     excess = np.maximum(offset - (k_len - 1), 0)
     columns = (q_start, q_len, k_start, k_len, offset - excess, np.where(hides, window - excess, NO_WINDOW))
     left = ((q_len > 0) & (k_len > 0) & (window > 0)).nonzero()[0]
-    return np.stack(columns)[:, left].T, left
+    canonical = np.stack(columns)
+    return (canonical if len(left) == len(q_len) else canonical[:, left]).T, left
 
 
 def count_pairs(table: np.ndarray) -> np.ndarray:

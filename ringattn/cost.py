@@ -6,7 +6,7 @@ one behind the other, and nothing is faster than the host issues it:
 
     ring      max(own, hop) + max(others' 1, hop) + ...     every hop hides, every step merges
     gather    all keys + everything                          nothing hides, nothing merges
-    pull      max(own, keys) + others' + a merge             or, in one launch, keys + everything
+    pull      max(own, keys) + others' + a merge             or, in one launch, everything: flags hide the keys
 
 `python -m ringattn.launch.predict 32768 4` prints the choice for 32768 tokens on each of 4 ranks.
 """
@@ -21,9 +21,8 @@ from typing import NamedTuple
 
 from ringattn.executors.axis import slots, span
 from ringattn.executors.call import Schedule
-from ringattn.executors.pull import axis_of, remote_axis, slot_of
+from ringattn.executors.pull import remote_axis, slot_of
 from ringattn.plan import Plan
-from ringattn.transport.interface import WORDS
 
 __all__ = ["KERNEL_RATES", "LINKS", "Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
@@ -52,10 +51,11 @@ LINKS: dict[str, Curve] = {  # two H200s; NCCL on as many channels as `transport
     "copy engine": ((1 * MB, 73e9), (4.2 * MB, 205e9), (16.8 * MB, 331e9), (67 * MB, 362e9), (268 * MB, 371e9)),
 }
 LAUNCH = 25e-6  # seconds to fill and drain the GPU
-MEETING = 15e-6  # seconds for ranks to meet on the GPU
+MEETING = 10e-6  # seconds for ranks to hear from each other on the GPU
 MEMORY = 3.5e12  # bytes a second to and from memory
 BESIDE = {"p2p": 1.3, "copy engine": 1.09}  # how much slower attention is beside such traffic
-HOST = {"call": 60e-6, "launch": 50e-6, "travel": 60e-6, "message": 150e-6}  # seconds of the host
+HOST = {"call": 60e-6, "launch": 50e-6, "travel": 60e-6, "copy": 4e-6, "message": 150e-6}  # seconds of the host
+TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
 ALIKE = 0.01  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
 
@@ -113,7 +113,7 @@ class Prediction(NamedTuple):
     def __str__(self) -> str:
         name = self.executor
         if self.executor == "pull":
-            way = "flags" if self.schedule.flags else "own keys first" if self.schedule.own_first else "one launch"
+            way = f"flags of {self.schedule.head_groups} head groups" if self.schedule.flags else "own keys first"
             name += f" ({way}, own gradients {'in halves' if self.schedule.halves else 'last'})"
         elif self.schedule.head_groups > 1:
             name += f" ({self.schedule.head_groups} head groups)"
@@ -160,10 +160,11 @@ def predict(load: Workload) -> Iterator[Prediction]:
         if load.kv_heads % groups == 0:
             yield predict_gather(load, groups)
     if load.same_node:
-        can_wait = load.waits and slot_of(load.plan) is not None and load.plan.ranks * load.kv_heads <= WORDS
-        for own_first, flags in ((True, False), (False, False), (False, True))[: 3 if can_wait else 2]:
-            for halves in (True, False):
-                yield predict_pull(load, Schedule(own_first=own_first, flags=flags, halves=halves))
+        groups = [n for n in (1, 2, 4, 8) if load.waits and load.kv_heads % n == 0]
+        for halves in (True, False):
+            yield predict_pull(load, Schedule(halves=halves))
+            for n in groups:
+                yield predict_pull(load, Schedule(flags=True, halves=halves, head_groups=n))
 
 
 def predict_ring(load: Workload) -> Prediction:
@@ -171,20 +172,36 @@ def predict_ring(load: Workload) -> Prediction:
     shard = max(plan.layout.lengths)
     hop, home = seconds("p2p", shard * load.token_bytes), seconds("p2p", shard * load.gradient_bytes)
     both = seconds("p2p", shard * (load.token_bytes + load.gradient_bytes))
-    forward = backward = 0.0
+    onward, back = [], []  # what each rank does at each step
     for rank in ranks:
         steps = [load.compute(rank, (rank - t) % plan.ranks) + LAUNCH for t in ranks]
-        merges = load.merge(rank) * (plan.ranks - 1)
-        forward = max(forward, sum(beside(step, hop, "p2p") for step in steps[:-1]) + steps[-1] + merges)
+        merge = load.merge(rank)
+        onward.append([beside(step, hop, "p2p") + merge for step in steps[:-1]] + [steps[-1]])
         steps = [load.compute(rank, (rank - t) % plan.ranks, True) + LAUNCH for t in ranks]
         halves = steps[0] / 4, steps[0] * 3 / 4
-        middle = [beside(step, both if t > 1 else hop, "p2p") for t, step in enumerate(steps[1:], 1)]
-        taken = beside(halves[0], hop, "p2p") + sum(middle) + beside(halves[1], home, "p2p")
-        backward = max(backward, taken + load.merge(rank) * plan.ranks)
+        middle = [beside(step, both if t > 1 else hop, "p2p") + merge for t, step in enumerate(steps[1:], 1)]
+        back.append([beside(halves[0], hop, "p2p"), *middle, beside(halves[1], home, "p2p") + merge])
+    forward, backward = round_the_ring(onward), round_the_ring(back)
     issued = HOST["call"] + plan.ranks * HOST["launch"] + (plan.ranks - 1) * HOST["message"]
     issued_back = HOST["call"] + (plan.ranks + 1) * 2 * HOST["launch"] + plan.ranks * HOST["message"]
     memory = 2 * shard * load.token_bytes + 3 * shard * load.gradient_bytes
     return Prediction("ring", Schedule(), max(forward, issued), max(backward, issued_back), memory)
+
+
+def round_the_ring(steps: list[list[float]]) -> float:
+    """When the last rank is done with its steps. The keys of a step come from the rank before, once that has begun its
+    step before with them: ranks that do as much in all wait for each other where the long steps of one come early.
+
+    Example:
+        >>> round_the_ring([[1, 3], [3, 1]]), round_the_ring([[1, 2, 2], [2, 2, 1], [4, 1, 0]])
+        (4.0, 6.0)
+    """
+    begun = [0.0] * len(steps)
+    done = begun
+    for each in zip(*steps, strict=True):
+        done = [at + taken for at, taken in zip(begun, each, strict=True)]
+        begun = [max(own, before) for own, before in zip(done, [begun[-1], *begun[:-1]], strict=True)]
+    return max(done)
 
 
 def predict_gather(load: Workload, groups: int) -> Prediction:
@@ -215,28 +232,31 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
     forward = backward = 0.0
     for rank in ranks:
         others = remote_axis(plan, rank).length
-        pack = MEETING + 2 * plan.layout.lengths[rank] * load.token_bytes / MEMORY
         come = seconds("copy engine", others * load.token_bytes)
-        first = seconds("copy engine", others * load.token_bytes / load.kv_heads)
+        first = seconds("copy engine", others * load.token_bytes / schedule.head_groups)
         home = seconds("copy engine", others * load.gradient_bytes)
         own, remote = (sum(load.compute(rank, s) for s in ranks if (s == rank) == mine) for mine in (True, False))
-        if schedule.flags:
-            taken = first + beside(own + remote + LAUNCH, come - first, "copy engine")
-        elif schedule.own_first:
-            merged = load.merge(rank) if remote else 0.0
-            taken = beside(own + LAUNCH, come, "copy engine") + remote + LAUNCH + merged
+        if schedule.flags:  # the first tiles have their own keys to do while the others' come
+            tiles = load.batch * load.q_heads * plan.layout.lengths[rank] / TILE
+            stall = max(0.0, first - own * min(1.0, PROCESSORS / max(tiles, 1)))
+            taken = MEETING + stall + beside(own + remote + LAUNCH, come, "copy engine")
         else:
-            taken = come + own + remote + LAUNCH
-        forward = max(forward, pack + taken)
+            merged = load.merge(rank) if remote else 0.0
+            taken = beside(own + LAUNCH, come, "copy engine") + MEETING + remote + LAUNCH + merged
+        forward = max(forward, taken)
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
         taken = beside(early + LAUNCH, come, "copy engine") if schedule.halves else come
-        taken += remote + LAUNCH + beside(own - early + LAUNCH, home + MEETING, "copy engine")
+        taken += remote + LAUNCH + beside(own - early + LAUNCH, home, "copy engine") + 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank) * (1 + schedule.halves)
-        backward = max(backward, pack + taken + sums)
-    issued = HOST["call"] + (1 + schedule.own_first) * HOST["launch"] + 2 * HOST["travel"]
-    issued_back = HOST["call"] + (2 + schedule.halves) * 2 * HOST["launch"] + 4 * HOST["travel"]
-    longest = max(axis_of(plan, rank).length for rank in ranks)
+        backward = max(backward, taken + sums)
+    copies = plan.ranks - 1
+    issued = HOST["call"] + (2 - schedule.flags) * HOST["launch"] + HOST["travel"]
+    issued += 3 * copies * schedule.head_groups * HOST["copy"]
+    issued_back = HOST["call"] + (2 + schedule.halves) * 2 * HOST["launch"] + 2 * HOST["travel"]
+    issued_back += 6 * copies * HOST["copy"]
+    slot = slot_of(plan) if schedule.flags else None
+    longest = max(remote_axis(plan, rank, slot).length for rank in ranks)
     most = max(sum(span(plan, rank, s)[1] for rank in ranks if rank != s) for s in ranks)
     memory = 2 * longest * load.token_bytes + most * load.gradient_bytes
     return Prediction("pull", schedule, max(forward, issued), max(backward, issued_back), memory)

@@ -36,7 +36,7 @@ class Pieces(NamedTuple):
 
 
 def visible_segments(layout: Layout, mask: Mask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Who sees what: rank [N], source [N], and segments in canonical form [N, 6], ordered by query and key.
+    """Who sees what: rank [N], source [N], segments in canonical form [N, 6], ordered by rank, source, query and key.
 
     Example:
         >>> from ringattn.layout import make_layout
@@ -47,42 +47,58 @@ def visible_segments(layout: Layout, mask: Mask) -> tuple[np.ndarray, np.ndarray
     step = next((run.step for runs in layout.runs for run in runs), 1)
     pieces = cut(layout, mask.bounds(layout.seq_len), step)
     query, key = pairs_in_sight(pieces, mask, step)
+    which = pieces.rank[query] * layout.ranks + pieces.rank[key]
+    if layout.ranks < 256:
+        which = which.astype(np.uint16)  # such are sorted in linear time
+    order = np.argsort(which, kind="stable")
+    query, key = query[order], key[order]
     apart = pieces.start[query] - pieces.start[key]
-    q_len, k_len = pieces.length[query], pieces.length[key]
-    offset = (apart + mask.right) // step if mask.right < FAR else k_len
-    window = offset + (mask.left - apart) // step + 1 if mask.left < FAR else np.full(len(query), NO_WINDOW)
-    table = np.stack((pieces.local[query], q_len, pieces.local[key], k_len, offset, window)).T
-    table, seen = canonical_table(table)
+    table = np.empty((6, len(query)), np.int64)
+    table[0], table[1] = pieces.local[query], pieces.length[query]
+    table[2], table[3] = pieces.local[key], pieces.length[key]
+    table[4] = (apart + mask.right) // step if mask.right < FAR else table[3]
+    table[5] = table[4] + (mask.left - apart) // step + 1 if mask.left < FAR else NO_WINDOW
+    table, seen = canonical_table(table.T)
     return pieces.rank[query[seen]], pieces.rank[key[seen]], table
 
 
 def cut(layout: Layout, bounds: np.ndarray, step: int) -> Pieces:
     """All runs of all ranks, cut at the documents' bounds; what lies behind the last bound is left out."""
-    runs = [(rank, run.start, run.length) for rank, runs in enumerate(layout.runs) for run in runs]
-    rank, start, length = np.array(runs, np.int64).reshape(-1, 3).T
+    runs = [(run.start, rank, run.length) for rank, runs in enumerate(layout.runs) for run in runs]
+    start, rank, length = np.array(runs, np.int64).reshape(-1, 3).T
     total = np.cumsum(length)
     local = total - length - np.concatenate(([0], np.cumsum(layout.lengths)))[rank]
+    if step == 1:  # then pieces come sorted
+        start, rank, length, local = (x[np.argsort(start, kind="stable")] for x in (start, rank, length, local))
     first, last = (np.searchsorted(bounds, token, "right") - 1 for token in (start, start + (length - 1) * step))
     count = np.where(length > 0, np.minimum(last, len(bounds) - 2) - first + 1, 0).clip(0)
     run, within = expand(count)
     document = first[run] + within
-    low = np.maximum(-((start[run] - bounds[document]) // step), 0)
-    high = np.minimum(-((start[run] - bounds[document + 1]) // step), length[run])
-    run, document, low, high = (x[high > low] for x in (run, document, low, high))
+    low, high = bounds[document] - start[run], bounds[document + 1] - start[run]
+    if step > 1:
+        low, high = -(-low // step), -(-high // step)
+    low, high = np.maximum(low, 0), np.minimum(high, length[run])
     begin = start[run] + low * step
+    pieces = Pieces(rank[run], local[run] + low, begin, high - low, document)
+    if step == 1:
+        return pieces
     order = np.argsort(begin, kind="stable")
-    return Pieces(*(x[order] for x in (rank[run], local[run] + low, begin, high - low, document)))
+    return Pieces(*(x[order[(high > low)[order]]] for x in pieces))
 
 
 def pairs_in_sight(pieces: Pieces, mask: Mask, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (query piece, key piece) of one document that may see each other, by their numbers."""
-    low = np.searchsorted(pieces.document, pieces.document, "left")
-    high = np.searchsorted(pieces.document, pieces.document, "right")
-    last = pieces.start + (pieces.length - 1) * step
+    changes = np.flatnonzero(np.diff(pieces.document, prepend=-1))
+    parts = np.diff(changes, append=len(pieces.document))
+    low, high = np.repeat(changes, parts), np.repeat(changes + parts, parts)
+    cut = np.flatnonzero(high - low > 1)  # most documents are one piece, which sees itself
+    start = pieces.start[cut]
+    last = start + (pieces.length[cut] - 1) * step
     if mask.right < FAR:
-        high = np.minimum(high, np.searchsorted(pieces.start, last + mask.right, "right"))
+        high[cut] = np.minimum(high[cut], np.searchsorted(pieces.start, last + mask.right, "right"))
     if mask.left < FAR and step == 1:  # else pieces overlap, and their ends are in no order
-        low = np.maximum(low, np.searchsorted(last, pieces.start - mask.left, "left"))
+        ends = pieces.start + pieces.length - 1
+        low[cut] = np.maximum(low[cut], np.searchsorted(ends, start - mask.left, "left"))
     query, within = expand(np.maximum(high - low, 0))
     return query, low[query] + within
 

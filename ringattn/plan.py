@@ -39,9 +39,8 @@ class Plan:
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
         """All segments, ordered by rank and source, and where each (rank, source) begins: [N, 6], [P P + 1]."""
         rank, source, table = visible_segments(self.layout, self.mask)
-        which = rank * self.ranks + source
-        order = np.argsort(which, kind="stable")
-        return table.T[:, order].T, np.searchsorted(which[order], np.arange(self.ranks**2 + 1))
+        count = np.bincount(rank * self.ranks + source, minlength=self.ranks**2)
+        return table, np.concatenate(([0], np.cumsum(count)))
 
     @cached_property
     def work(self) -> np.ndarray:

@@ -46,7 +46,7 @@ class Ranks:
             self.symmetric = self.symmetric or SymmetricMemory(self.group, device, self.deadline)
         else:
             assert self.transport is not None
-            self.transport.connect(device)
+            self.transport.connect(device, gathers=executor == "gather")
 
 
 _ranks: dict[str, Ranks] = {ALONE: Ranks(None)}

@@ -37,7 +37,6 @@ __all__ = [
     "busiest",
     "cut",
     "gathered_segments",
-    "layout_of",
     "ours_across",
 ]
 
@@ -54,12 +53,16 @@ class Across:
 
     name: str
     layout: str  # how its users cut a sequence
-    kernel: str  # what computes on each rank, by its name in `ringattn.kernels.registry`
+    kernel: str  # what computes on each rank, by its name in `ringattn.kernels.registry` if it can be called alone
     heads_first = False  # takes and gives [B, H, L, D], views of [B, L, H, D]
 
     @property
     def local(self) -> Local:
         return Local(self.kernel, self.layout)
+
+    def arrange(self, case: Case, ranks: int) -> Layout:
+        """Which rank holds which token; some layouts depend on the mask."""
+        return make_plan(self.layout, case.seq_len, ranks, **case.mask).layout
 
     any_mask = False  # takes windows and documents, too
 
@@ -172,13 +175,8 @@ class Share(Ours):
         return Inputs(layout.shard(x.q, self.rank, 1), x.k, x.v, layout.shard(x.dout, self.rank, 1))
 
 
-def layout_of(each: Across, case: Case, ranks: int) -> Layout:
-    """Which rank holds which token; some layouts depend on the mask."""
-    return make_plan(each.layout, case.seq_len, ranks, **case.mask).layout
-
-
 def cut(each: Across, x: Inputs, case: Case, rank: int, ranks: int) -> Inputs:
     """One rank's part of the whole sequence, as the users of an implementation hold it."""
-    layout = layout_of(each, case, ranks)
+    layout = each.arrange(case, ranks)
     parts = (layout.shard(tensor, rank, 1) for tensor in x)
     return Inputs(*(part.transpose(1, 2) if each.heads_first else part for part in parts))

@@ -8,6 +8,8 @@ from itertools import product
 from statistics import median
 from typing import Any
 
+from ringattn.kernels.registry import KERNELS
+
 from ..oracle import Case
 from .across import Across, Local, busiest
 from .cases import describe, shape_of, tera_operations
@@ -95,7 +97,7 @@ class Contest:
         synchronised = [ms for found in rounds for ms in found["synchronised"]]
         middle, ranks = median(ahead), self.crew.size
         alone, kernel = references.alone(which)
-        share = references.share(each.local, which)
+        share = references.share(each.local, which) if each.kernel in KERNELS else None
         return (
             {"impl": each.name}
             | shape_of(self.case)
@@ -127,7 +129,7 @@ class References:
 
     def alone(self, which: str) -> tuple[float | None, str | None]:
         """The fastest GPU's time for the whole sequence, and the fastest of our kernels."""
-        kernels = dict.fromkeys(each.kernel for each in self.contest.running.values())
+        kernels = {each.kernel: None for each in self.contest.running.values() if each.kernel in KERNELS}
         times = {kernel: self.ms("time_alone", kernel, which, min) for kernel in kernels}
         known = {kernel: ms for kernel, ms in times.items() if ms is not None}
         best = min(known, key=known.__getitem__, default=None)

@@ -28,6 +28,7 @@ THEIRS = {  # a colour keeps its owner in every picture
     "ulysses": "#E69F00",
     "torch-cp-allgather": "#D55E00",
     "torch-cp-alltoall": "#CC79A7",
+    "torch-cp-flex": "#8B5A2B",
     "ring-flash-attn-zigzag": "#009E73",
     "ring-flash-attn-stripe": "#7FC6AE",
     "ring-flash-attn-ring": "#B8A800",

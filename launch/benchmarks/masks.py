@@ -2,7 +2,7 @@
 
 window-4096        causal, a query sees the last 4096 keys, its own among them
 packed-lognormal   causal within documents packed end to end, their lengths drawn from a log-normal distribution:
-                   4096 tokens on average before any is cut at 32768, an eighth of the sequence where that is less
+                   4096 tokens on average before any is cut at 32768, a quarter of the sequence where that is less
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def lognormal_documents(seq_len: int) -> tuple[int, ...]:
         >>> lognormal_documents(40)
         (0, 2, 5, 11, 13, 25, 26, 29, 30, 32, 34, 36, 37, 40)
     """
-    draw, mean = random.Random(SEED), min(MEAN, max(seq_len // 8, 1))
+    draw, mean = random.Random(SEED), min(MEAN, max(seq_len // 4, 1))
     bounds = [0]
     while bounds[-1] < seq_len:
         length = int(draw.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD))

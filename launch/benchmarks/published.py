@@ -20,7 +20,7 @@ CASE = ("gpu", "gpus", "batch", "q_heads", "kv_heads", "seq_len", "head_dim", "m
 ALONE = {"check": ("kernel", "layout"), "train": ("context", "kernel", "layout", "steps")}  # nothing beside them
 PEERS = (
     *("torch-math", "torch-fa2", "torch-cudnn", "fa4"),
-    *("allgather", "ulysses", "torch-cp-allgather", "torch-cp-alltoall"),
+    *("allgather", "ulysses", "torch-cp-allgather", "torch-cp-alltoall", "torch-cp-flex"),
     *("ring-flash-attn-ring", "ring-flash-attn-stripe", "ring-flash-attn-zigzag", "ring-flash-attn-llama3"),
 )
 

@@ -16,6 +16,7 @@ from .across import NAMED_EXECUTORS, Across, ours_across
 from .baselines import AllGather, Ulysses
 from .cases import DTYPES, matching, require_mask
 from .crew import Crew
+from .flex import TorchFlexParallel
 from .kernel import SPECIFICATION
 from .masks import mask_fields
 from .peers import RINGS, RingFlashAttention, RingFlashAttentionPacked, TorchContextParallel
@@ -31,6 +32,7 @@ def across_implementations(peer_kernel: str, causal: bool) -> dict[str, Across]:
     """All that is known, by name: ours first, then the peers over a kernel of torch."""
     peers = [
         *(TorchContextParallel(rotation, peer_kernel, causal) for rotation in ("allgather", "alltoall")),
+        TorchFlexParallel(),
         *(RingFlashAttention(variant, peer_kernel) for variant in RINGS),
         RingFlashAttentionPacked(),
         Ulysses(peer_kernel),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..oracle import Case, Inputs, Result, make_inputs
-from .across import Across, Local, Share, cut, layout_of
+from .across import Across, Local, Share, cut
 from .implementations import Ours
 from .local import Implementation
 from .timing import Meter, hold, slowest
@@ -73,7 +73,7 @@ class Station:
         infinite = [name for name, part in zip(Result._fields, result, strict=True) if not part.isfinite().all()]
         if infinite:
             return f"{', '.join(infinite)}: values that are not finite"
-        tokens = layout_of(each, case, self.size).positions(self.rank).to(self.device)
+        tokens = each.arrange(case, self.size).positions(self.rank).to(self.device)
         faults = self.truth.faults(one_head(result, case.batch - 1, case.kv_heads - 1, case.kv_heads), tokens)
         del x, parts, result
         self.tidy()

@@ -13,7 +13,7 @@ from ringattn.kernels.interface import Kernel
 from ringattn.plan import Plan
 from ringattn.transport.interface import Symmetric, Transport
 
-__all__ = ["Buffers", "Call", "Executor", "Schedule"]
+__all__ = ["Buffers", "Call", "Executor", "Schedule", "with_room"]
 
 
 class Buffers:
@@ -45,10 +45,11 @@ class Schedule(NamedTuple):
     """How finely an executor cuts its work, so that travel hides behind compute. Chosen by `ringattn.cost`; results
     depend on it only in rounding."""
 
-    own_first: bool = True  # pull: own keys while the others' come, in a launch of their own; else one launch for all
-    flags: bool = False  # pull: that launch does not wait for the copies, but itself looks which keys have come
+    flags: bool = (
+        False  # pull: one launch for all keys, that looks itself which have come; else own keys have their own
+    )
     halves: bool = True  # backward: own keys in two launches, one while keys come and one while gradients go home
-    head_groups: int = 1  # gather: the heads' keys come in so many groups, of which two are held at a time
+    head_groups: int = 1  # the heads' keys come in so many groups; of gather's, two are held at a time
 
 
 DEFAULT = Schedule()
@@ -67,6 +68,14 @@ class Call:
     symmetric: Symmetric | None = None  # None where ranks cannot reach each other's memory
     schedule: Schedule = DEFAULT
     derived: dict[Hashable, Any] = field(default_factory=dict, compare=False)  # what an executor keeps between calls
+
+
+def with_room(call: Call) -> dict[str, int]:
+    """An option for a launch beside which messages travel: a kernel whose programs stay until the end leaves them the
+    multiprocessors that they need."""
+    if call.transport is None or not getattr(call.kernel, "yields", False):
+        return {}
+    return {"margin": call.transport.processors}
 
 
 class Executor(Protocol):

@@ -31,6 +31,11 @@ class Part(NamedTuple):
     dk: Tensor
     dv: Tensor
 
+    def within(self, start: int, stop: int) -> Part:
+        """That of fewer keys."""
+        inside = slice(start - self.keys.start, stop - self.keys.start)
+        return Part(slice(start, stop), self.dk[:, inside], self.dv[:, inside])
+
 
 class Backward:
     """One rank's backward: the tensors that every launch reads, and dq as it grows."""
@@ -60,31 +65,23 @@ class Backward:
         self.own.append(Part(keys, *self.differentiate(self.k[:, keys], self.v[:, keys], segments)))
 
     def settle(self, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order."""
+        """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order. All
+        are in fp32, but dk and dv in the dtype of k and v where they are put together of halves."""
         assert self.dq is not None
+        for own in self.own:
+            for part in parts:
+                start, stop = max(own.keys.start, part.keys.start), min(own.keys.stop, part.keys.stop)
+                if start < stop:
+                    add(own.within(start, stop), part.within(start, stop))
+        if len(self.own) == 1:
+            return self.dq, self.own[0].dk, self.own[0].dv
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (self.k, self.v))
         for own in self.own:
-            joining = [part for part in (overlap(own, part) for part in parts) if part is not None]
-            add(own.keys, own.dk, [(part.keys, part.dk) for part in joining], dk[:, own.keys])
-            add(own.keys, own.dv, [(part.keys, part.dv) for part in joining], dv[:, own.keys])
+            dk[:, own.keys].copy_(own.dk)
+            dv[:, own.keys].copy_(own.dv)
         return self.dq, dk, dv
 
 
-def overlap(own: Part, part: Part) -> Part | None:
-    """What of `part` falls on the keys of `own`."""
-    start, stop = max(own.keys.start, part.keys.start), min(own.keys.stop, part.keys.stop)
-    if start >= stop:
-        return None
-    inside = slice(start - part.keys.start, stop - part.keys.start)
-    return Part(slice(start, stop), part.dk[:, inside], part.dv[:, inside])
-
-
-def add(keys: slice, total: Tensor, parts: list[tuple[slice, Tensor]], result: Tensor) -> None:
-    """Adds parts to `total`, the gradients of `keys`, and rounds into `result`; the last in one pass if it can."""
-    last = parts.pop()[1] if parts and parts[-1][0] == keys else None
-    for some, part in parts:
-        total[:, some.start - keys.start : some.stop - keys.start].add_(part)
-    if last is None:
-        result.copy_(total)
-    else:
-        torch.add(total, last, out=result)
+def add(sums: Part, parts: Part) -> None:
+    """Adds to the gradients of the same keys, in one launch on a GPU."""
+    torch._foreach_add_([sums.dk, sums.dv], [parts.dk, parts.dv])  # pyright: ignore[reportPrivateImportUsage]

@@ -1,25 +1,26 @@
-"""pull: copy engines bring keys and values from the other ranks' memory, and take gradients there; no SM is spent.
+"""pull: keys and values come into this rank's memory, and gradients go to their owners', by copy engines; no
+multiprocessor is spent on it.
 
-    forward     compute  | pack | meet | all keys, each when its flag is up                   |  if the kernel can wait,
-                engines                | head >> head >> heads >>>> heads >>>>>>>> |
-                compute  | pack | meet | own keys          | others' keys, merged in the epilogue |  else this,
-                engines                | keys come >>>>>>> |
-                compute  | pack | meet |                   | all keys |                              or, if short, this
-                engines                | keys come >>>>>>> |
+    forward     compute  | own keys, and each other rank's when its flag is up |           if the kernel can wait,
+                engines  | heads >> heads >> heads >> |
+                compute  | own keys             | others', merged in the epilogue |        otherwise
+                engines  | keys >>>>>>>>>>>>>>> |
 
-    backward    compute  | pack | meet | own, later half | others' keys | own, earlier half | collect | sum |
-                engines                | keys come >>>>> |              | gradients go home |
+    backward    compute  | own keys, later half | others' keys | own keys, earlier half  | sum |
+                engines  | keys >>>>>>>>>>>>>>> |              | gradients go home >>>>> |
 
-Of every shard only the keys that this rank's queries look at are brought, end to end on one axis (`axis.spans`). Ranks
-wait for each other in `meet` and `collect` only, on the GPU and with a deadline. Two regions of memory are used in
-turn, so that no rank waits until its keys have been read (`transport.interface.Symmetric`); a third one receives
-gradients. A launch that waits never waits for another rank, only for this rank's copy engines.
+Of every shard only those keys come that this rank's queries look at, end to end on one axis, or each source's in a slot
+of its own. They come straight from where their owner has them, whose engines know where they go: so they are under way
+as soon as they exist, nobody copies them first, and own keys are read in place.
+
+Ranks wait for each other in `Symmetric.hear` only, in one warp and with a deadline. A launch that waits for flags comes
+after it, when everybody has begun the call, and so waits for copy engines only, which need no multiprocessor to get on.
+Two regions of memory are used in turn (`transport.interface.Symmetric`), and a third one receives gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,38 +29,42 @@ from ringattn.executors.axis import Axis, Piece, span, spans
 from ringattn.executors.call import Call
 from ringattn.executors.home import Backward, Part
 from ringattn.kernels.interface import Arrival, accumulate_dtype
-from ringattn.kernels.segments import Segments
+from ringattn.kernels.segments import NO_WINDOW, Segments
 from ringattn.plan import Plan
-from ringattn.transport.interface import Mark, Move, Symmetric
+from ringattn.transport.interface import WORDS, Mark, Put, Symmetric
 
 __all__ = ["backward", "forward", "region_sizes"]
 
 Pair = tuple[Tensor, Tensor]
+KEYS, BACK, FLAGS = 0, 1, 2  # rows of words: keys are on their way, or here; gradients are here; flags
 GRADIENTS = 2  # the region after the two for keys
 BLOCK = 128  # keys that a kernel reads at once, at most
 
 
-class Keys(NamedTuple):
-    """Keys and values on an axis, [B, M, G, D] and [B, M, G, E], and what is seen of them."""
-
-    k: Tensor
-    v: Tensor
-    segments: Segments
-
-
 def arrivals(plan: Plan, rank: int) -> list[int]:
-    """The other ranks, nearest first, so that not all pull from the same one at once."""
+    """The other ranks, nearest first."""
     return [(rank + step) % plan.ranks for step in range(1, plan.ranks)]
 
 
-def axis_of(plan: Plan, rank: int, slot: int | None = None) -> Axis:
-    """This rank's own keys, which the others read at that place, and behind them what it brings from the others."""
-    return spans(plan, rank, [rank, *arrivals(plan, rank)], whole=rank, slot=slot)
+def departures(plan: Plan, rank: int) -> list[int]:
+    """The other ranks in the order in which they get keys: each has its own rank as the nearest source first, so no two
+    send to one at the same time."""
+    return [(rank - step) % plan.ranks for step in range(1, plan.ranks)]
 
 
-def remote_axis(plan: Plan, rank: int) -> Axis:
-    """The part behind its own keys."""
-    return spans(plan, rank, arrivals(plan, rank))
+def slot_of(plan: Plan) -> int:
+    """The length of a slot: as long as the longest shard, and a block longer, so that who reads a block at the end of
+    one source's keys reads nothing of the next one's."""
+    return (-(-max(plan.layout.lengths) // BLOCK) + 1) * BLOCK
+
+
+def remote_axis(plan: Plan, rank: int, slot: int | None = None) -> Axis:
+    """What a rank's queries see of the others' keys; in slots, the first of which is not there: it is own keys'."""
+    if slot is None:
+        return spans(plan, rank, arrivals(plan, rank))
+    axis = spans(plan, rank, [rank, *arrivals(plan, rank)], whole=rank, slot=slot)
+    others = tuple(piece._replace(base=piece.base - slot) for piece in axis.pieces[1:])
+    return axis._replace(pieces=others, length=max(others[-1].place.stop, 1))  # what is read behind it is zero
 
 
 def homecomings(plan: Plan, rank: int) -> list[tuple[int, slice, int]]:
@@ -82,7 +87,7 @@ def region_sizes(plan: Plan, k: Tensor, v: Tensor, gradients: bool, slot: int | 
 
     def build() -> tuple[int, int]:
         ranks = range(plan.ranks)
-        keys = max(axis_of(plan, rank, slot).length for rank in ranks)
+        keys = max(remote_axis(plan, rank, slot).length for rank in ranks)
         home = max(sum(keys.stop - keys.start for _, keys, _ in homecomings(plan, rank)) for rank in ranks)
         return keys, home
 
@@ -95,90 +100,81 @@ def region_sizes(plan: Plan, k: Tensor, v: Tensor, gradients: bool, slot: int | 
     return nbytes, nbytes, home_bytes
 
 
-def slot_of(plan: Plan) -> int | None:
-    """The length of a slot in which a launch can wait for a source's keys; None if some source's keys would end within
-    a block, where the kernel would also read what it has not waited for."""
-
-    def build() -> int | None:
-        pairs = [(rank, source) for rank in range(plan.ranks) for source in range(plan.ranks)]
-        lengths = [stop - start for start, stop in (span(plan, *pair) for pair in pairs)]
-        return max(plan.layout.lengths) if all(length % BLOCK == 0 for length in lengths) else None
-
-    return plan.derive("slot", build)
-
-
 class Map:
     """Where everything of a call lies in symmetric memory: made once for each of the two regions for keys, and again
     when memory moves.
 
-    Keys are [M, B, G, D], values [M, B, G, E] behind them: few, long copies. For a launch that waits for flags they are
-    [B, G, M, D] and [B, G, M, E], each source in a slot, and come head group by head group: a tile of queries needs all
-    sources' keys, but of one head, before it is done.
+    What has come is [B, M, G, D] and [B, M, G, E]. For a launch that waits for flags it comes by groups of heads, of
+    all sources: a tile of queries needs all sources' keys, but of one head, before it is done.
     """
 
     def __init__(self, call: Call, symmetric: Symmetric, k: Tensor, v: Tensor, gradients: bool):
         plan, rank = call.plan, call.rank
         self.generation = symmetric.generation
-        self.turn = symmetric.meetings % 2
+        self.turn = symmetric.calls % 2
         self.call, self.symmetric, self.like = call, symmetric, (k, v)
         self.slot = slot_of(plan) if call.schedule.flags and not gradients else None
-        own, length = axis_of(plan, rank, self.slot), plan.layout.lengths[rank]
-        mine = self.keys(rank)
-        self.packed = mine[0][:, :length], mine[1][:, :length]
-        self.pulls = tuple(
-            pull for heads in self.head_groups() for piece in own.pieces[1:] for pull in self.pull(piece, heads)
-        )
-        self.all = Keys(*mine, own.segments)
-        if self.slot is None:
-            self.others = Keys(mine[0][:, length:], mine[1][:, length:], remote_axis(plan, rank).segments)
+        self.groups = call.schedule.head_groups if self.slot is not None else 1
+        axis = remote_axis(plan, rank, self.slot)
+        self.segments, self.poison = axis.segments, symmetric.region(rank, self.turn)
+        self.k, self.v = self.keys(rank)
+        self.gaps = self.between(axis)
+        self.puts = self.departing()
+        self.flags = self.flags_of(rank)
         if gradients:
+            self.home_poison = symmetric.region(rank, GRADIENTS)
             self.parts = [Part(mine, *self.home(rank, sender)) for sender, mine, _ in homecomings(plan, rank)]
-            self.homes = [
-                (piece.place, self.home(piece.source, rank))
-                for piece in remote_axis(plan, rank).pieces
-                if piece.stop > piece.start
-            ]
+            self.returns = self.returning(axis)
         del self.like
 
     def keys(self, rank: int) -> Pair:
-        """A rank's axis, [B, M, G, D] and [B, M, G, E]."""
-        length = axis_of(self.call.plan, rank, self.slot).length
-        memory = self.symmetric.region(rank, self.turn)
-        shapes = [(length, x.shape[0], *x.shape[2:]) for x in self.like]
-        if self.slot is not None:
-            shapes = [(batch, heads, length, dim) for length, batch, heads, dim in shapes]
-        k, v = views(memory, self.like[0].dtype, *shapes)
-        return (k.transpose(0, 1), v.transpose(0, 1)) if self.slot is None else (k.transpose(1, 2), v.transpose(1, 2))
+        """What comes to a rank, [B, M, G, D] and [B, M, G, E]."""
+        length = remote_axis(self.call.plan, rank, self.slot).length
+        shapes = [(x.shape[0], length, *x.shape[2:]) for x in self.like]
+        return views(self.symmetric.region(rank, self.turn), self.like[0].dtype, *shapes)
 
-    def head_groups(self) -> list[slice]:
-        """Heads that come together: all, or first few and then more, so that the first come soon."""
-        heads = self.like[0].shape[2]
+    def word(self, rank: int, row: int) -> Mark:
+        """The word of a rank that is this one's."""
+        return Mark(self.symmetric.words(rank)[row, self.call.rank : self.call.rank + 1])
+
+    def flags_of(self, rank: int) -> Tensor:
+        """[sources, groups], in the order of a rank's axis."""
+        sources = self.call.plan.ranks - 1
+        assert sources * self.groups <= WORDS
+        return self.symmetric.words(rank)[FLAGS, : sources * self.groups].view(sources, self.groups)
+
+    def departing(self) -> tuple[Put | Mark, ...]:
+        """Own keys and values to who looks at them."""
+        plan, me = self.call.plan, self.call.rank
+        peers, waits = departures(plan, me), self.slot is not None
+        puts: list[Put | Mark] = [self.word(peer, KEYS) for peer in peers if waits]
+        heads = self.like[0].shape[2] // self.groups
+        for group in range(self.groups):
+            for peer in peers:
+                pieces = remote_axis(plan, peer, self.slot).pieces
+                place = next(index for index, piece in enumerate(pieces) if piece.source == me)
+                puts += self.put(peer, pieces[place], slice(group * heads, (group + 1) * heads))
+                puts.append(Mark(self.flags_of(peer)[place, group : group + 1]) if waits else self.word(peer, KEYS))
+        return tuple(puts)
+
+    def put(self, peer: int, piece: Piece, heads: slice) -> list[Put]:
+        """Copies of some heads of own keys and values."""
+        return [
+            Put(whole[batch, piece.place, heads], number, (batch, slice(piece.start, piece.stop), heads))
+            for number, whole in enumerate(self.keys(peer))
+            for batch in range(whole.shape[0])
+            if piece.stop > piece.start
+        ]
+
+    def between(self, axis: Axis) -> list[Tensor]:
+        """What a launch may read behind the values of a source and before the next one's; a masked value is still
+        multiplied by zero, so it must be finite."""
         if self.slot is None:
-            return [slice(0, heads)]
-        groups, start = [], 0
-        while start < heads:
-            groups.append(slice(start, min(max(1, 2 * start), heads)))
-            start = groups[-1].stop
-        return groups
-
-    def pull(self, piece: Piece, heads: slice) -> list[Move | Mark]:
-        """Copies of some heads of a piece of another rank's keys and values."""
-        pulls: list[Move | Mark] = []
-        for whole, theirs in zip(self.keys(self.call.rank), self.keys(piece.source), strict=True):
-            into, source = whole[:, piece.place, heads], theirs[:, piece.start : piece.stop, heads]
-            if piece.stop > piece.start and self.slot is None:
-                pulls.append(Move(into.transpose(0, 1), source.transpose(0, 1)))
-            elif piece.stop > piece.start:
-                pulls += [Move(a.transpose(0, 1), b.transpose(0, 1)) for a, b in zip(into, source, strict=True)]
-        if self.slot is not None:
-            pulls.append(Mark(self.flags[piece.base // self.slot, heads]))
-        return pulls
-
-    @property
-    def flags(self) -> Tensor:
-        """[sources, G], in the order of the axis."""
-        ranks, heads = self.call.plan.ranks, self.packed[0].shape[2]
-        return self.symmetric.words[: ranks * heads].view(ranks, heads)
+            return []
+        _, _, k_start, k_len, _, window = axis.segments.table.T
+        if not ((k_start % BLOCK).any() or (k_len % BLOCK).any() or (window < NO_WINDOW).any()):
+            return []
+        return [self.v[:, piece.place.stop : piece.place.stop + BLOCK] for piece in axis.pieces[:-1]]
 
     def home(self, owner: int, sender: int) -> Pair:
         """Where `sender` puts its gradients of the keys of `owner`, [B, M, G, D] and [B, M, G, E]."""
@@ -188,39 +184,41 @@ class Map:
         memory = self.symmetric.region(owner, GRADIENTS)[base * token_width(k, v) * dtype.itemsize :]
         return views(memory, dtype, (k.shape[0], length, *k.shape[2:]), (v.shape[0], length, *v.shape[2:]))
 
-    def bring(self, k: Tensor, v: Tensor) -> Callable[[], None]:
-        """Shows own keys to the others, and starts to bring theirs."""
-        for place, x in zip(self.packed, (k, v), strict=True):
-            place.copy_(x)
-        self.symmetric.meet()
-        if self.slot is not None:
-            self.flags[0].fill_(self.symmetric.meetings)
-        return self.symmetric.copy(self.pulls)
+    def returning(self, axis: Axis) -> tuple[Put | Mark, ...]:
+        """Gradients of the others' keys to their owners."""
+        puts: list[Put | Mark] = []
+        for piece in axis.pieces:
+            puts += [
+                Put(home[batch], number, (batch, piece.place))
+                for number, home in enumerate(self.home(piece.source, self.call.rank))
+                for batch in range(home.shape[0])
+                if piece.stop > piece.start
+            ]
+            puts.append(self.word(piece.source, BACK))
+        return tuple(puts)
 
-    def send(self, dk: Tensor, dv: Tensor) -> Callable[[], None]:
-        """Starts to take gradients of the others' keys to their owners."""
-        return self.symmetric.copy(
-            [
-                Move(there[batch], dx[batch, place])
-                for place, home in self.homes
-                for there, dx in zip(home, (dk, dv), strict=True)
-                for batch in range(dx.shape[0])
-            ],
-            notify=True,
-        )
+    def bring(self, k: Tensor, v: Tensor) -> None:
+        """Sends own keys to the others, and lets theirs come."""
+        self.symmetric.begin()
+        self.symmetric.copy(self.puts, (together(k), together(v)))
 
 
 def map_of(call: Call, k: Tensor, v: Tensor, gradients: bool) -> Map:
     """The map for this turn."""
     symmetric = call.symmetric
     assert symmetric is not None
-    name = gradients, symmetric.meetings % 2
+    name = gradients, symmetric.calls % 2
     found = call.derived.get(name)
     if found is None or found.generation != symmetric.generation:
         slot = slot_of(call.plan) if call.schedule.flags and not gradients else None
         symmetric.reserve(region_sizes(call.plan, k, v, gradients, slot))
         found = call.derived[name] = Map(call, symmetric, k, v, gradients)
     return found
+
+
+def together(x: Tensor) -> Tensor:
+    """x [B, L, G, D] with the heads of a token side by side, as a slice of a projection has them."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
 def token_width(k: Tensor, v: Tensor) -> int:
@@ -236,27 +234,27 @@ def views(memory: Tensor, dtype: torch.dtype, first: tuple[int, ...], second: tu
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None) -> Pair:
     """Attention of this rank's queries over the whole sequence; see `ring.forward`."""
-    attend, scale = call.kernel.forward, call.scale
     there = map_of(call, k, v, gradients=False)
-    arrived = there.bring(k, v)
+    symmetric, attend = there.symmetric, call.kernel.forward
+    there.bring(k, v)
     if there.slot is not None:
-        symmetric = there.symmetric
-        arrival = Arrival(there.flags, symmetric.meetings, there.slot, symmetric.patience, symmetric.late)
+        for gap in there.gaps:
+            gap.zero_()
+        symmetric.hear(KEYS, there.poison)
+        arrival = Arrival(
+            there.k, there.v, there.flags, symmetric.calls, there.slot, symmetric.patience, symmetric.late
+        )
         waiting: Any = attend  # only a kernel that can is told to
-        out, lse = waiting(q, *there.all, scale=scale, running=running, out_dtype=q.dtype, arrival=arrival)
-        arrived()
-        symmetric.confirm()
-        return out, lse
-    if not call.schedule.own_first:
-        arrived()
-        return attend(q, *there.all, scale=scale, running=running, out_dtype=q.dtype)
-    own = call.plan.segments(call.rank, call.rank)
-    own_dtype = None if there.others.segments else q.dtype
-    running = attend(q, k, v, own, scale=scale, running=running, out_dtype=own_dtype)
-    arrived()
-    if not there.others.segments:
-        return running
-    return attend(q, *there.others, scale=scale, running=running, out_dtype=q.dtype)
+        result = waiting(q, k, v, there.segments, scale=call.scale, running=running, out_dtype=q.dtype, arrival=arrival)
+    else:
+        own: Segments = call.plan.segments(call.rank, call.rank)
+        own_dtype = None if there.segments else q.dtype
+        result = attend(q, k, v, own, scale=call.scale, running=running, out_dtype=own_dtype)
+        symmetric.hear(KEYS, there.poison)
+        if there.segments:
+            result = attend(q, there.k, there.v, there.segments, scale=call.scale, running=result, out_dtype=q.dtype)
+    symmetric.finish()
+    return result
 
 
 def backward(
@@ -264,12 +262,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's queries, keys and values; see `ring.backward`."""
     there = map_of(call, k, v, gradients=True)
-    work = Backward(call, dout, q, k, v, out, lse, delta)
-    arrived = there.bring(k, v)
+    symmetric, work = there.symmetric, Backward(call, dout, q, k, v, out, lse, delta)
+    there.bring(k, v)
     work.own_keys(work.first)
-    arrived()
-    sent = there.send(*work.differentiate(*there.others))
+    symmetric.hear(KEYS, there.poison)
+    grads = work.differentiate(there.k, there.v, there.segments)
+    symmetric.copy(there.returns, grads)
     work.own_keys(work.last)
-    sent()
-    there.symmetric.collect()
+    symmetric.hear(BACK, there.home_poison)
+    symmetric.finish()
     return work.settle(there.parts)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ringattn.executors.axis import within
-from ringattn.executors.call import Call
+from ringattn.executors.call import Call, with_room
 from ringattn.executors.home import Backward, Part
 from ringattn.kernels.interface import accumulate_dtype, nothing_seen
 from ringattn.kernels.segments import Segments
@@ -115,6 +115,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = 
                 scale=call.scale,
                 running=running,
                 out_dtype=q.dtype if step == seeing[-1] else None,
+                **(with_room(call) if sends or receives else {}),
             )
         wait()
         shard = arriving
@@ -137,7 +138,7 @@ def backward(
         dout, out (Tensor): [B, L, H, E]; lse, delta [B, H, L], see `Kernel.backward`; the rest as in `forward`.
 
     Returns:
-        dq shaped like q, in fp32 (fp64 for fp64 inputs); dk, dv shaped like k, v, in their dtype.
+        dq, dk, dv shaped like q, k, v, in fp32 (fp64 for fp64 inputs) or, dk and dv, in the dtype of k and v.
     """
     plan, rank = call.plan, call.rank
     ring = Neighbours(call, k, v)

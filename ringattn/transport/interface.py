@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["WORDS", "Mark", "Message", "Move", "Symmetric", "Transport", "TransportError"]
+__all__ = ["ROWS", "WORDS", "Mark", "Message", "Move", "Put", "Symmetric", "Transport", "TransportError"]
 
 
 class Message(NamedTuple):
@@ -22,20 +22,29 @@ class Message(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A tensor to fill, and one of its shape to fill it from; either may lie in another rank's memory. Their rows
-    x[i] are contiguous."""
+    """A tensor to fill from the parts of all ranks, and this rank's part."""
 
     destination: Tensor
     source: Tensor
 
 
+class Put(NamedTuple):
+    """A tensor to fill, in some rank's memory, and what with: a part of one of the tensors that are put, by its number.
+    Rows x[i] of both are contiguous. What is put changes from call to call, where it goes does not."""
+
+    destination: Tensor
+    number: int
+    part: tuple[int | slice, ...]
+
+
 class Mark(NamedTuple):
-    """Words that show how far copies have come: they become the number of meetings when all moves before are done."""
+    """Words of some rank that show how far copies have come: they become the number of calls when all that was put
+    before is there."""
 
     words: Tensor  # [n] int32, of `Symmetric.words`
 
 
-WORDS = 4096  # that copies can mark
+ROWS, WORDS = 4, 512  # of each rank, that copies can mark: rows, and words in a row
 
 
 class TransportError(RuntimeError):
@@ -44,6 +53,8 @@ class TransportError(RuntimeError):
 
 class Transport(Protocol):
     """Carries messages; those between two ranks arrive in the order in which they were sent."""
+
+    processors: int  # multiprocessors that it needs for itself while messages are under way
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
         """Starts all messages of one step. The call returned waits for them: until then tensors being sent must
@@ -61,24 +72,25 @@ class Transport(Protocol):
 
 
 class Symmetric(Protocol):
-    """Memory of every rank that all ranks can read and write, in regions of the same sizes on each.
+    """Memory of every rank that all ranks can write to: regions of the same sizes on each, and words.
 
-    A protocol of three steps keeps it free of races and of waits without a deadline:
+    In every call a rank
 
-    1. A rank writes its own regions, then meets. Only in `meet` does a rank wait for others.
-    2. It copies from and into others' regions. Copies wait for nobody.
-    3. After copies with `notify`, the owners learn of them in `collect`.
+    1. begins,
+    2. copies its tensors into the others' regions, marking words of theirs, and
+    3. hears from all others, in some row of its words, that they have done so.
 
-    What was written before the meeting before last is no longer read by anyone: so two regions used in turn, by
-    the parity of `meetings`, need no other guard. A region that others write into belongs to them from a meeting
-    until `collect`.
+    Only in 3 does a rank wait for others. Who has heard from all in call n knows that all have begun it, and so have
+    read all that came in call n - 1: in call n + 1 it may write where it wrote in that one. So two regions used in
+    turn, by the parity of `calls`, need no other guard. A third region, for what is put in answer to what was heard in
+    the same call, needs none either.
     """
 
     rank: int
-    meetings: int  # so far; equal on all ranks between calls
+    calls: int  # so far; equal on all ranks between calls
     generation: int  # how often regions have moved
     patience: int  # nanoseconds that a kernel may wait for a word
-    late: Tensor  # int32 [1] on the device, zero until a kernel sets it that has waited so long
+    late: Tensor  # int32 [1] on the device, zero until someone sets it who has waited so long
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Makes every region at least as long as told, in bytes. Collective; contents are lost when any grows."""
@@ -88,24 +100,24 @@ class Symmetric(Protocol):
         """A region of a rank's memory, uint8."""
         ...
 
-    @property
-    def words(self) -> Tensor:
-        """Words of this rank that a kernel may look at while copies mark them: int32 [WORDS], zeros at first."""
+    def words(self, rank: int) -> Tensor:
+        """Words of a rank, int32 [ROWS, WORDS], zeros at first."""
         ...
 
-    def meet(self) -> None:
-        """The compute that follows waits until all ranks have come here, and then sees what they wrote before."""
+    def begin(self) -> None:
+        """Counts a call; what is computed and copied from now on belongs to it."""
         ...
 
-    def copy(self, moves: Sequence[Move | Mark], *, notify: bool = False) -> Callable[[], None]:
-        """Starts copies, after the compute so far; the call returned makes the compute wait for them. With `notify`
-        their owners can `collect` them."""
+    def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
+        """Starts to put parts of some tensors, as the compute so far has left them, where they belong."""
         ...
 
-    def confirm(self) -> None:
-        """Later calls raise if by now, in the order of the compute, a kernel has set `late`."""
+    def hear(self, row: int, poison: Tensor) -> None:
+        """The compute that follows waits until every other rank has marked its word in a row: the one with its number.
+        If one has not within the deadline, `poison` becomes NaN, `late` is set, and a later call raises."""
         ...
 
-    def collect(self) -> None:
-        """The compute that follows waits until every other rank's latest copies with `notify` are here."""
+    def finish(self) -> None:
+        """The compute that follows waits until what was put has left this rank. Until then it must not be overwritten
+        or given back."""
         ...

@@ -1,7 +1,8 @@
 """Messages over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
-On GPUs they have a communicator of their own, so that they wait for nobody else's collectives: on a stream of high
-priority, and on few channels, since each takes a multiprocessor away from attention while it is busy.
+On GPUs they have communicators of their own, so that they wait for nobody else's collectives, on streams of high
+priority. Messages go beside attention and get few channels, since each takes a multiprocessor away from it; an
+all-gather is mostly waited for and gets many.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringattn.transport.interface import Message, Move, TransportError
-from ringattn.transport.watch import Watch
+from ringattn.transport.watch import Expected, Watch
 
-__all__ = ["P2PTransport"]
+__all__ = ["CHANNELS", "P2PTransport"]
 
-CHANNELS = int(os.environ.get("RINGATTN_CHANNELS", "16"))  # of NCCL
+CHANNELS = 4  # for messages: at 8192 tokens of 8 heads they bring 33 MB in half of the time that own keys take
+WIDE = 16  # for all-gathers
+CLUSTER = 1  # blocks of NCCL's that must be on neighbouring multiprocessors; by default 4, and those may be taken
+ALL_BITS = 0xFF  # NaN in every floating dtype
 
 
 @contextmanager
@@ -49,24 +54,48 @@ class P2PTransport:
         self.rank = dist.get_rank(group)
         self.deadline = deadline
         self.nccl: Any = None  # a dist.ProcessGroupNCCL, which builds of torch for CPUs lack
+        self.wide: Any = None  # another, for all-gathers
+        self.processors = 0
         self.watch: Watch | None = None
         self.gathering = AllgatherOptions()
         self.gathering.asyncOp = True
 
-    def connect(self, device: torch.device) -> None:
-        """Makes NCCL's communicator, once. All ranks must join in that, and in the first exchange of a sequence a
-        rank with an empty shard has nothing to say."""
-        if device.type != "cuda" or self.nccl is not None:
+    def connect(self, device: torch.device, gathers: bool) -> None:
+        """Makes NCCL's communicators, once; that for all-gathers when there will be any. Collective."""
+        if device.type != "cuda":
             return
+        if self.watch is None:
+            self.side = torch.cuda.Stream(device)
+            self.watch = Watch(self.rank, self.deadline.total_seconds(), self.give_up)
+        if self.nccl is None:
+            self.nccl, self.processors = self.communicator("nccl", CHANNELS, device), CHANNELS
+        if gathers and self.wide is None:
+            self.wide = self.communicator("wide", WIDE, device)
+
+    def communicator(self, name: str, channels: int, device: torch.device) -> Any:
+        """A new one, which all ranks have joined: in the first exchange of a sequence a rank with an empty shard has
+        nothing to say."""
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options.config.max_ctas = CHANNELS
+        options.config.max_ctas = channels
+        options.config.cga_cluster_size = CLUSTER
         options.global_ranks_in_group = dist.get_process_group_ranks(self.group)
-        store = PrefixStore(f"ringattn/{self.group.group_name}/nccl", _get_default_store())
+        store = PrefixStore(f"ringattn/{self.group.group_name}/{name}", _get_default_store())
         with watchdog_off():
-            self.nccl = dist.ProcessGroupNCCL(store, self.rank, self.group.size(), options)
-        atexit.register(self.nccl.abort)
-        self.watch = Watch(self.rank, self.deadline.total_seconds(), self.nccl.abort)
-        self.nccl.allreduce([torch.zeros(1, device=device)]).wait()
+            made: Any = dist.ProcessGroupNCCL(store, self.rank, self.group.size(), options)
+        atexit.register(made.abort)
+        first = torch.zeros(1, dtype=torch.uint8, device=device).fill_(ALL_BITS)  # loads the kernel of `give_up`
+        made.allreduce([first]).wait()
+        return made
+
+    def give_up(self, coming: Sequence[Tensor]) -> None:
+        """Makes NaN of what has not come, so that nobody takes it for numbers, and lets the GPU go on."""
+        with torch.cuda.stream(self.side):
+            for tensor in coming:
+                tensor.view(-1).view(torch.uint8).fill_(ALL_BITS)
+        self.side.synchronize()
+        for made in (self.nccl, self.wide):
+            if made is not None:
+                made.abort()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
         """See `Transport.exchange`."""
@@ -76,12 +105,13 @@ class P2PTransport:
         what = f"sends to ranks {sorted({m.peer for m in sends})}, receives from {sorted({m.peer for m in receives})}"
         if self.watch is not None:
             self.watch.check()
+            expected = self.watch.expect(what, [message.tensor for message in receives])
             self.nccl._start_coalescing()
             for message in sends:
                 self.nccl.send([message.tensor], message.peer, 0)
             for message in receives:
                 self.nccl.recv([message.tensor], message.peer, 0)
-            return self.waiting([self.nccl._end_coalescing()], what, (sends, receives))
+            return self.following([self.nccl._end_coalescing()], expected, (sends, receives))
         with self.blaming(what):
             ops = [
                 dist.P2POp(operation, message.tensor, group=self.group, group_peer=message.peer)
@@ -96,26 +126,32 @@ class P2PTransport:
         what = "all ranks to gather"
         if self.watch is not None:
             self.watch.check()
-            works = [self.nccl._allgather_base(whole, part, self.gathering) for whole, part in pairs]
-            return self.waiting(works, what, pairs)
+            expected = self.watch.expect(what, [whole for whole, _ in pairs])
+            works = [self.wide._allgather_base(whole, part, self.gathering) for whole, part in pairs]
+            return self.following(works, expected, pairs)
         with self.blaming(what):
             gather = dist.all_gather_into_tensor
             works = [gather(whole, part, self.group, async_op=True) for whole, part in pairs]
             return self.waiting(works, what, pairs)
 
+    def following(self, works: Sequence[Any], expected: Expected, keeping: object) -> Callable[[], None]:
+        """The call that has the stream wait for NCCL, and returns at once. It keeps what is under way."""
+
+        def wait(_keeping: object = keeping) -> None:
+            for work in works:
+                work.wait()
+            expected.follow()
+
+        return wait
+
     def waiting(self, works: Sequence[dist.Work | None], what: str, keeping: object) -> Callable[[], None]:
-        """The call that waits: NCCL orders the stream and returns at once, gloo blocks. It keeps what is under way."""
+        """The call that waits for gloo. It keeps what is under way."""
 
         def wait(_keeping: object = keeping) -> None:
             for work in works:
                 assert work is not None
-                if self.watch is not None:
-                    work.wait()
-                else:
-                    with self.blaming(what):
-                        work.wait(self.deadline)
-            if self.watch is not None:
-                self.watch.follow(what)
+                with self.blaming(what):
+                    work.wait(self.deadline)
 
         return wait
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ringattn.transport.interface import WORDS, Mark, Message, Move, TransportError
+from ringattn.transport.interface import ROWS, WORDS, Mark, Message, Move, Put, TransportError
 from ringattn.transport.virtual_time import Clock
 
 __all__ = ["Network", "SimulatedTransport", "simulate"]
@@ -69,6 +69,8 @@ class Network:
 class SimulatedTransport:
     """One rank's end of a network: messages (`Transport`), and memory that all ranks reach (`Symmetric`)."""
 
+    processors = 0
+
     def __init__(self, rank: int, clock: Clock, network: Network, ends: list[SimulatedTransport]):
         self.rank = rank
         self.clock = clock
@@ -77,13 +79,12 @@ class SimulatedTransport:
         self.last_arrival = 0.0
         self.inbox: dict[int, deque[Tensor]] = {}
         self.wanted: dict[int, deque[tuple[Tensor, Callable[[], None]]]] = {}
-        self.meetings = self.generation = 0
-        self.present: Counter[int] = Counter()  # rank -> meetings that it is known to have come to
-        self.notified = 0
-        self.notices: Counter[int] = Counter()
+        self.calls = self.generation = self.reserved = 0
+        self.last = 0.0  # when all that was put will have arrived
+        self.leaving = 0  # copies under way
         self.regions: list[Tensor] = []
         self.retired: list[Tensor] = []  # regions before they moved
-        self.words = torch.zeros(WORDS, dtype=torch.int32)
+        self.my_words = torch.zeros(ROWS, WORDS, dtype=torch.int32)
         self.patience = int(network.deadline * 1e9)
         self.late = torch.zeros(1, dtype=torch.int32)
 
@@ -164,86 +165,80 @@ class SimulatedTransport:
         """See `Symmetric.reserve`."""
         have = [x.numel() for x in self.regions] + [0] * (len(sizes) - len(self.regions))
         if not self.regions or any(size > held for size, held in zip(sizes, have, strict=True)):
-            self.meet()
+            self.barrier()
             self.generation += 1
             self.retired += self.regions
             self.regions = [
                 torch.zeros(max(size, held), dtype=torch.uint8) for size, held in zip(sizes, have, strict=True)
             ]
-            self.meet()
+            self.barrier()
+
+    def barrier(self) -> None:
+        """All ranks come here before any goes on, in no time."""
+        self.reserved += 1
+
+        def absent() -> list[int]:
+            return [end.rank for end in self.ends if end.reserved < self.reserved]
+
+        self.clock.wait(self.rank, lambda: not absent(), lambda: f"ranks {absent()} to reserve memory")
 
     def region(self, rank: int, index: int) -> Tensor:
         """See `Symmetric.region`."""
         return self.ends[rank].regions[index]
 
-    def meet(self) -> None:
-        """See `Symmetric.meet`."""
-        self.meetings += 1
-        self.tell(lambda peer: peer.present, self.meetings)
-        self.hear("meet", self.present, self.meetings)
+    def words(self, rank: int) -> Tensor:
+        """See `Symmetric.words`."""
+        return self.ends[rank].my_words
 
-    def tell(self, counter: Callable[[SimulatedTransport], Counter[int]], count: int, after: float = 0.0) -> None:
-        def note(peer: SimulatedTransport) -> Callable[[], None]:
-            return lambda: counter(peer).update({self.rank: max(count - counter(peer)[self.rank], 0)})
+    def begin(self) -> None:
+        """See `Symmetric.begin`."""
+        self.calls += 1
 
-        for peer in self.ends:
-            if peer is not self:
-                self.travel(self.rank, peer.rank, 0, note(peer), after)
-
-    def hear(self, verb: str, counter: Counter[int], count: int) -> None:
-        def missing() -> list[int]:
-            return [peer for peer in range(len(self.ends)) if peer != self.rank and counter[peer] < count]
-
-        self.clock.wait(self.rank, lambda: not missing(), lambda: f"ranks {missing()} to {verb}")
-
-    def copy(self, moves: Sequence[Move | Mark], *, notify: bool = False) -> Callable[[], None]:
+    def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""
-        pending = set(range(len(moves)))
-        last = 0.0
-        for number, move in enumerate(moves):
-            if isinstance(move, Mark):
-                last = self.travel(self.rank, self.rank, 0, self.marking(move, pending, number), after=last)
+        for put in puts:
+            if isinstance(put, Mark):
+                mark, count = put.words, self.calls
+                fill = self.filling(mark, torch.tensor(count))
+                self.last = self.travel(self.rank, self.owner(mark), 0, fill, after=self.last)
                 continue
-            contiguous(*move.destination, *move.source)
-            spoil(move.destination)
-            nbytes = move.destination.numel() * move.destination.element_size()
-            owners = self.owner(move.source), self.owner(move.destination)
-            last = max(last, self.travel(*owners, nbytes, self.moving(move, pending, number)))
-        if notify:
-            self.notified += 1
-            self.tell(lambda peer: peer.notices, self.notified, after=last)
-        return lambda: self.clock.wait(self.rank, lambda: not pending, lambda: f"{len(pending)} copies")
+            source = tensors[put.number][put.part]
+            contiguous(*put.destination, *source)
+            spoil(put.destination)
+            nbytes = source.numel() * source.element_size()
+            arrives = self.travel(self.rank, self.owner(put.destination), nbytes, self.filling(put.destination, source))
+            self.last = max(self.last, arrives)
 
-    def moving(self, move: Move, pending: set[int], number: int) -> Callable[[], None]:
+    def filling(self, destination: Tensor, source: Tensor) -> Callable[[], None]:
+        """What happens when a copy arrives."""
+        self.leaving += 1
+
         def arrive() -> None:
-            move.destination.copy_(move.source)
-            pending.discard(number)
+            destination.copy_(source)
+            self.leaving -= 1
 
         return arrive
 
-    def marking(self, mark: Mark, pending: set[int], number: int) -> Callable[[], None]:
-        count = self.meetings
+    def hear(self, row: int, poison: Tensor) -> None:
+        """See `Symmetric.hear`."""
 
-        def arrive() -> None:
-            mark.words.fill_(count)
-            pending.discard(number)
+        def missing() -> list[int]:
+            words = self.my_words[row, : len(self.ends)].tolist()
+            return [peer for peer, word in enumerate(words) if peer != self.rank and word < self.calls]
 
-        return arrive
+        self.clock.wait(self.rank, lambda: not missing(), lambda: f"ranks {missing()}")
+
+    def finish(self) -> None:
+        """See `Symmetric.finish`."""
+        self.clock.wait(self.rank, lambda: not self.leaving, lambda: f"{self.leaving} copies")
 
     def owner(self, tensor: Tensor) -> int:
         """Whose memory a tensor lies in."""
         storage = tensor.untyped_storage().data_ptr()
         assert all(x.untyped_storage().data_ptr() != storage for end in self.ends for x in end.retired), "memory moved"
-        owners = (end.rank for end in self.ends if any(x.untyped_storage().data_ptr() == storage for x in end.regions))
+        own = ((end.rank, (*end.regions, end.my_words)) for end in self.ends)
+        owners = (rank for rank, memory in own if any(x.untyped_storage().data_ptr() == storage for x in memory))
         return next(owners, self.rank)
-
-    def confirm(self) -> None:
-        """See `Symmetric.confirm`."""
-        assert not self.late, "kernels on simulated ranks wait in virtual time"
-
-    def collect(self) -> None:
-        """See `Symmetric.collect`."""
-        self.hear("finish their copies", self.notices, self.notified)
 
 
 def simulate(ranks: int, work: Callable[[int, SimulatedTransport], T], network: Network | None = None) -> list[T]:

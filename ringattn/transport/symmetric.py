@@ -1,12 +1,11 @@
-"""Symmetric memory on the GPUs of one node: every rank's regions mapped into every other's, copied by copy engines.
+"""Symmetric memory on the GPUs of one node: every rank's regions mapped into every other's, filled by copy engines.
 
-    meet        write my count into a word of every other rank, wait for their words in mine
-    copy        cudaMemcpy(2D)Async between GPUs, on a stream of its own: copy engines, no multiprocessor
-    collect     like meet, but the words were written behind the copies
+    copy        cudaMemcpy(2D)Async from this GPU into the others, on a stream of its own: copy engines, no
+                multiprocessor; words of theirs are written behind the copies
+    hear        a kernel of one warp looks at words of this rank's, until the deadline (`await_kernel.py`)
 
-Words only count up and are never reset. What a rank waits for is always a word in its own memory, in a kernel with a
-deadline (`await_kernel.py`); nothing else here waits for another rank once the memory is mapped. A copy within one GPU
-would run on its multiprocessors, so nothing is copied that is already here.
+Words only count up and are never reset. Nothing else here waits for another rank once the memory is mapped. A copy
+within one GPU would run on its multiprocessors, so nothing is copied that stays here.
 Source: torch.distributed._symmetric_memory, which maps the memory.
 """
 
@@ -23,13 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from ringattn.transport.interface import WORDS, Mark, Move, TransportError
+from ringattn.transport.interface import ROWS, WORDS, Mark, Put, TransportError
 
 __all__ = ["SymmetricMemory", "node"]
 
 ALIGNMENT = 1024
 KNOWN = 256  # lists of copies that are remembered
-MET, NOTIFIED = 0, 1  # two rows of words
+BY_A_KERNEL = -1  # found to be late, in place of a set of ranks
+
+Operation = Callable[[Sequence[int], int, int], None]  # takes tensors' addresses, the number of calls and a stream
 
 
 def node(device: torch.device) -> str:
@@ -43,9 +44,8 @@ def node(device: torch.device) -> str:
 
 
 class Mapped(NamedTuple):
-    """Memory that all ranks reach: mine, what keeps the mapping, and everybody's."""
+    """Memory that all ranks reach: what keeps the mapping, and everybody's, mine among them."""
 
-    mine: Tensor
     handle: object
     of_rank: list[Tensor]
 
@@ -59,24 +59,36 @@ class Engine:
         self.driver, self.runtime = driver, runtime
         self.any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
 
-    def copying(self, destination: Tensor, source: Tensor) -> tuple[Callable[..., Any], tuple]:
-        """The call that copies a tensor whose rows are contiguous, and its arguments but for the stream."""
-        size = source.element_size()
-        addresses = destination.data_ptr(), source.data_ptr()
+    def put(self, put: Put, tensors: Sequence[Tensor]) -> Operation:
+        """The copy of a part of such a tensor, wherever it will then lie."""
+        number, destination = put.number, put.destination
+        source = tensors[number][put.part]
+        size, kind = source.element_size(), self.any_direction
+        to, offset = destination.data_ptr(), source.data_ptr() - tensors[number].data_ptr()
         if destination.is_contiguous() and source.is_contiguous():
-            return self.runtime.cudaMemcpyAsync, (*addresses, source.numel() * size, self.any_direction)
-        to, come = addresses
-        pitches = to, destination.stride(0) * size, come, source.stride(0) * size
-        return self.runtime.cudaMemcpy2DAsync, (*pitches, source[0].numel() * size, source.shape[0], self.any_direction)
+            nbytes, copy = source.numel() * size, self.runtime.cudaMemcpyAsync
+            return lambda bases, _count, stream: checked(copy(to, bases[number] + offset, nbytes, kind, stream))
+        rows, width, copy = source.shape[0], source[0].numel() * size, self.runtime.cudaMemcpy2DAsync
+        there, here = destination.stride(0) * size, source.stride(0) * size
+        return lambda bases, _count, stream: checked(
+            copy(to, there, bases[number] + offset, here, width, rows, kind, stream)
+        )
 
-    def run(self, operation: Callable[..., Any], *arguments: Any) -> None:
-        (error,) = operation(*arguments)
-        if error:
-            raise TransportError(f"{operation.__name__} failed: {error.name}")
+    def mark(self, words: Tensor) -> Operation:
+        """Writes words of 32 bits, once all that the stream holds is visible."""
+        addresses = [words.data_ptr() + 4 * index for index in range(words.numel())]
+        write = self.driver.cuStreamWriteValue32
 
-    def write(self, address: int, value: int, stream: int) -> None:
-        """A word of 32 bits, after all that the stream holds is visible."""
-        self.run(self.driver.cuStreamWriteValue32, stream, address, value, 0)
+        def run(_bases: Sequence[int], count: int, stream: int) -> None:
+            for address in addresses:
+                checked(write(stream, address, count, 0))
+
+        return run
+
+
+def checked(answer: tuple) -> None:
+    if answer[0]:
+        raise TransportError(f"a copy engine refused: {answer[0].name}")
 
 
 class SymmetricMemory:
@@ -95,24 +107,21 @@ class SymmetricMemory:
         self.size = dist.get_world_size(group)
         self.deadline = deadline
         self.patience = int(deadline.total_seconds() * 1e9)
-        self.meetings = self.notified = self.generation = 0
+        self.calls = self.generation = 0
         self.sizes: tuple[int, ...] = ()
         self.regions: list[Sequence[Tensor]] = []  # of each rank
         self.engine = Engine()
         self.engines = torch.cuda.Stream(device, priority=-1)
-        self.start = torch.cuda.Event()
+        self.start, self.done = torch.cuda.Event(), torch.cuda.Event()
+        self.leaving: list[Sequence[Tensor]] = []  # tensors that are being put
         self.waiting: Any = None
-        self.known: dict[int, tuple[Sequence[Move | Mark], list]] = {}
+        self.known: dict[Any, tuple[Sequence[Put | Mark], list[Operation]]] = {}
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
         self.late = torch.zeros(1, dtype=torch.int32, device=device)
-        self.was_late = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self.is_late = self.was_late.numpy()
-        self.counts = self.map(2 * self.size * 4)
-        self.my_counts = self.counts.mine.view(torch.int32).view(2, self.size)
-        self.their_counts = [counts.data_ptr() for counts in self.counts.of_rank]
-        self.words = torch.zeros(WORDS, dtype=torch.int32, device=device)
+        self.all_words = self.map(4 * ROWS * WORDS)
+        self.my_words = tuple(self.words(self.rank))
         self.arena: Mapped | None = None
         self.barrier("mapped")
 
@@ -125,7 +134,7 @@ class SymmetricMemory:
         mine.zero_()
         torch.cuda.synchronize(self.device)
         handle = rendezvous(mine, self.group)
-        return Mapped(mine, handle, [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.size)])
+        return Mapped((mine, handle), [handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.size)])
 
     def barrier(self, name: str) -> None:
         """Ranks' hosts wait for each other."""
@@ -163,87 +172,65 @@ class SymmetricMemory:
         self.generation += 1
         self.barrier(f"free/{self.generation}")
         self.sizes, self.regions, self.arena = (), [], None
+        self.known.clear()
 
     def region(self, rank: int, index: int) -> Tensor:
         """See `Symmetric.region`."""
         return self.regions[rank][index]
 
-    def meet(self) -> None:
-        """See `Symmetric.meet`."""
+    def words(self, rank: int) -> Tensor:
+        """See `Symmetric.words`."""
+        return self.all_words.of_rank[rank].view(torch.int32).view(ROWS, WORDS)
+
+    def begin(self) -> None:
+        """See `Symmetric.begin`."""
         self.check()
         current = torch.cuda.current_stream(self.device)
         if current != self.compute:  # regions are used in turn in the order of calls, whatever their streams
             current.wait_stream(self.compute)
             self.compute = current
-        self.meetings += 1
-        self.tell(MET, self.meetings, current.cuda_stream)
-        self.hear(MET, self.meetings)
+        self.calls += 1
 
-    def tell(self, row: int, count: int, stream: int) -> None:
-        """Writes a word of every other rank, behind what the stream holds."""
-        for step in range(1, self.size):
-            counts = self.their_counts[(self.rank + step) % self.size]
-            self.engine.write(counts + 4 * (row * self.size + self.rank), count, stream)
+    def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
+        """See `Symmetric.copy`."""
+        self.start.record(self.compute)
+        self.engines.wait_event(self.start)
+        self.leaving.append(tensors)
+        bases, count, stream = [x.data_ptr() for x in tensors], self.calls, self.engines.cuda_stream
+        for operation in self.lowered(puts, tensors):
+            operation(bases, count, stream)
 
-    def hear(self, row: int, count: int) -> None:
-        """The current stream waits for a word from every other rank."""
-        arguments = self.my_counts[row], self.error, count, self.patience, self.rank, self.size
+    def lowered(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor]) -> list[Operation]:
+        """Copies and marks as CUDA wants them, kept for tensors that lie alike."""
+        name = id(puts), *(x.stride() for x in tensors)
+        known = self.known.get(name)
+        if known is None:
+            engine = self.engine
+            operations = [engine.mark(x.words) if isinstance(x, Mark) else engine.put(x, tensors) for x in puts]
+            known = self.known[name] = puts, operations  # held, so that nothing else gets its id
+            if len(self.known) > KNOWN:
+                del self.known[next(iter(self.known))]
+        return known[1]
+
+    def hear(self, row: int, poison: Tensor) -> None:
+        """See `Symmetric.hear`."""
+        nans = poison.numel() * poison.element_size() // 4
+        arguments = self.my_words[row], self.error, self.late, poison, nans, self.calls, self.patience, self.rank
         with torch.cuda.device(self.device):
             if self.waiting is None:
                 from ringattn.transport.await_kernel import await_kernel
 
                 launch: Any = await_kernel[(1,)]
-                self.waiting = launch(*arguments, num_warps=1)[(1, 1, 1)]  # what it compiled, which starts quicker
+                # What it compiled, which starts quicker.
+                self.waiting = launch(*arguments, self.size, num_warps=1)[(1, 1, 1)]
             else:
-                self.waiting(*arguments)
+                self.waiting(*arguments, self.size)
 
-    def copy(self, moves: Sequence[Move | Mark], *, notify: bool = False) -> Callable[[], None]:
-        """See `Symmetric.copy`."""
-        self.start.record(torch.cuda.current_stream(self.device))
-        self.engines.wait_event(self.start)
-        stream = self.engines.cuda_stream
-        for operation, arguments in self.lowered(moves):
-            if operation is not None:
-                self.engine.run(operation, *arguments, stream)
-            else:
-                for word in arguments:
-                    self.engine.write(word, self.meetings, stream)
-        if notify:
-            self.notified += 1
-            self.tell(NOTIFIED, self.notified, stream)
-        done = self.engines.record_event()
-
-        def wait(_keeping: Sequence[Move | Mark] = moves) -> None:
-            """Memory that is copied from must not be given back, and used for something else, before."""
-            torch.cuda.current_stream(self.device).wait_event(done)
-
-        return wait
-
-    def lowered(self, moves: Sequence[Move | Mark]) -> list[tuple[Callable[..., Any] | None, tuple]]:
-        """Calls and arguments; None with the addresses of words to mark. Kept for a tuple, which cannot change."""
-        known = self.known.get(id(moves))
-        if known is not None:
-            return known[1]
-        calls: list[tuple[Callable[..., Any] | None, tuple]] = []
-        for move in moves:
-            if isinstance(move, Move):
-                calls.append(self.engine.copying(*move))
-            else:
-                calls.append((None, tuple(move.words.data_ptr() + 4 * index for index in range(move.words.numel()))))
-        if isinstance(moves, tuple):
-            self.known[id(moves)] = moves, calls  # held, so that nothing else gets its id
-            if len(self.known) > KNOWN:
-                del self.known[next(iter(self.known))]
-        return calls
-
-    def confirm(self) -> None:
-        """See `Symmetric.confirm`."""
-        operation, arguments = self.engine.copying(self.was_late, self.late)
-        self.engine.run(operation, *arguments, torch.cuda.current_stream(self.device).cuda_stream)
-
-    def collect(self) -> None:
-        """See `Symmetric.collect`."""
-        self.hear(NOTIFIED, self.notified)
+    def finish(self) -> None:
+        """See `Symmetric.finish`."""
+        self.done.record(self.engines)
+        self.compute.wait_event(self.done)
+        self.leaving.clear()
 
     def check(self) -> None:
         """Raises if a wait before now ran into the deadline.
@@ -251,16 +238,12 @@ class SymmetricMemory:
         Raises:
             TransportError: says for whom.
         """
-        if self.is_late[0]:
-            raise TransportError(
-                f"rank {self.rank} waited {self.deadline.total_seconds():g} s for its own copy engines; what was "
-                "computed since is wrong, and this group cannot be used any more"
-            )
         missing = int(self.failed[0])
         if missing:
             peers = [rank for rank in range(self.size) if missing >> rank & 1]
+            whom = "other ranks' copy engines" if missing == BY_A_KERNEL else f"ranks {peers}"
             raise TransportError(
-                f"rank {self.rank} waited {self.deadline.total_seconds():g} s for ranks {peers} to come to step "
-                f"{self.failed[1]}: a rank died, is late or made another call; what was computed since is wrong, "
-                "and this group cannot be used any more"
+                f"rank {self.rank} waited {self.deadline.total_seconds():g} s for {whom} in call {self.failed[1]}: a "
+                "rank died, is late or made another call; what was computed since is NaN, and this group cannot be "
+                "used any more"
             )

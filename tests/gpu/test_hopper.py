@@ -21,27 +21,29 @@ pytestmark = [
     pytest.mark.timeout(120),
 ]
 
-SOURCES, SLOT, HEADS, GROUPS = 4, 1024, 16, 4
+SOURCES, SLOT, HEADS, FLAGS = 4, 1024, 16, 2
 EPOCH = 7
 SECOND = 10**9
 
 
 @pytest.fixture(scope="module")
 def forward():
-    """Causal attention over four sources of keys, and error; takes flags [SOURCES, GROUPS] and the patience in ns."""
+    """Causal attention over keys from four sources, and error; takes flags [SOURCES - 1, FLAGS] and the patience."""
     from ringattn.kernels.hopper_forward_launch import forward as launch
 
     length = SOURCES * SLOT
     q = torch.randn(1, length, HEADS, 128, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, 1, length, GROUPS, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, length, 2 * FLAGS, 128, device="cuda", dtype=torch.bfloat16)
     segments = Segments([Segment(0, length, i * SLOT, SLOT, -i * SLOT) for i in range(SOURCES)])
-    attend = partial(launch, q, k, v, segments, 128**-0.5, None, torch.bfloat16)
+    far_k, far_v = (x[:, SLOT:] for x in (k, v))
+    own = k[:, :SLOT].contiguous(), v[:, :SLOT].contiguous()
+    options = segments, 128**-0.5, None, torch.bfloat16
 
     def call(flags: Tensor, patience_ns: int) -> tuple[Tensor, Tensor, Tensor]:
         error = torch.zeros(1, dtype=torch.int32, device="cuda")
-        return *attend(Arrival(flags, EPOCH, SLOT, patience_ns, error)), error
+        return *launch(q, *own, *options, Arrival(far_k, far_v, flags, EPOCH, SLOT, patience_ns, error)), error
 
-    plain = attend()
+    plain = launch(q, k, v, *options)
     out, lse, error = call(ready(), SECOND)
     assert torch.equal(out, plain[0])
     assert torch.equal(lse, plain[1])
@@ -50,14 +52,14 @@ def forward():
 
 
 def ready(epoch: int = EPOCH) -> Tensor:
-    return torch.full((SOURCES, GROUPS), epoch, dtype=torch.int32, device="cuda")
+    return torch.full((SOURCES - 1, FLAGS), epoch, dtype=torch.int32, device="cuda")
 
 
 @pytest.mark.parametrize("margin", [16, 131])
 def test_room_for_others(margin):
     """On fewer multiprocessors: the same bits."""
     q = torch.randn(1, 4096, HEADS, 128, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, 1, 4096, GROUPS, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 4096, 2 * FLAGS, 128, device="cuda", dtype=torch.bfloat16)
     attend = partial(HopperKernel().forward, q, k, v, Segments([Segment(0, 4096, 0, 4096, 0)]), scale=0.1)
     assert all(torch.equal(x, y) for x, y in zip(attend(margin=margin), attend(), strict=True))
 
@@ -77,12 +79,12 @@ def test_flags_that_come_late(forward):
 
 
 def test_a_flag_that_never_comes(forward):
-    source, group = 2, 3
+    source, flag = 2, 1
     flags = ready()
-    flags[source, group] -= 1
+    flags[source - 1, flag] -= 1
     out, lse, error = forward(flags, SECOND // 20)
-    assert error.item() == 1 + source * GROUPS + group
-    heads = slice(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS)
+    assert error.item() == 1 + (source - 1) * FLAGS + flag
+    heads = slice(flag * HEADS // FLAGS, (flag + 1) * HEADS // FLAGS)
     assert out[:, source * SLOT :, heads].isnan().all()
     assert lse[:, heads, source * SLOT :].isnan().all()
     again = forward(ready(), SECOND)  # the context is alive

@@ -35,6 +35,13 @@ def test_what_is_balanced_in_order_stays_in_order():
         assert make_layout("balanced", 1 << 17, 4, mask).runs == contiguous.runs, str(mask)
 
 
+def test_chunks_that_would_unbalance_are_swapped_and_others_left_where_they_are():
+    """Without swaps, balance is had from finer chunks only, and by dealing documents out over all ranks."""
+    plan = make_plan("balanced", 8192 * 64, 64, causal=True, cu_seqlens=packed("log-normal", 8192 * 64))
+    assert plan.balance > 1 / 1.02
+    assert plan.keys_needed.sum() - plan.keys_needed.trace() < 4 * plan.layout.seq_len
+
+
 def test_lengths_that_do_not_divide():
     for seq_len, ranks in itertools.product((1000, 4099, 100_003), (3, 7)):
         plan = make_plan("balanced", seq_len, ranks, causal=True, cu_seqlens=packed("log-normal", seq_len, 1))
@@ -51,15 +58,15 @@ def test_padding_weighs_nothing():
 
 
 def test_a_million_tokens_of_65536_documents_on_64_ranks_are_planned_quickly():
-    """Under 50 ms on an idle core. The best of some tries, and room for a machine that does other things."""
+    """Some 15 ms of an idle core. The best of some tries, and room for a machine that does other things."""
     seconds = []
     for seed in range(5):
         lengths = np.random.default_rng(seed).integers(1, 31, 1 << 16)
         cu_seqlens = np.minimum(np.concatenate(([0], np.cumsum(lengths))), 1 << 20)
-        begin = time.perf_counter()
+        begin = time.process_time()
         plan = make_plan("balanced", 1 << 20, 64, causal=True, cu_seqlens=Documents(cu_seqlens))
         plan.reach(0)
         for other in range(64):
             plan.segments(3, other)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.2
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 0.1

@@ -2,7 +2,8 @@
 
 import pytest
 
-from ringattn.cost import ALIKE, MEMORY_SHARE, Workload, choose_executor, predict, seconds
+from ringattn.cost import ALIKE, MEMORY_SHARE, Workload, choose_executor, predict, round_the_ring, seconds
+from ringattn.launch.packing import packed
 from ringattn.plan import make_plan
 
 
@@ -38,6 +39,20 @@ def test_where_memory_is_short_the_ring_is_left():
     assert choice.executor == "ring"
     assert choice.predictions[0].memory > 16e9 * MEMORY_SHARE
     assert "within" in str(choice)
+
+
+def test_ranks_of_a_ring_wait_for_each_other_where_documents_are_packed():
+    """As much work for all in all, but not at each step."""
+    ranks, tokens = 64, 8192 * 64
+
+    def excess(plan):
+        steps = [[float(plan.work[rank, (rank - t) % ranks]) for t in range(ranks)] for rank in range(ranks)]
+        return round_the_ring(steps) / (plan.work.sum() / ranks)
+
+    documents = make_plan("balanced", tokens, ranks, causal=True, cu_seqlens=packed("log-normal", tokens))
+    assert documents.balance > 0.97
+    assert excess(documents) > 2
+    assert excess(make_plan("balanced", tokens, ranks, causal=True)) < 1.01
 
 
 def test_pull_needs_one_node():

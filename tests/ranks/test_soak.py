@@ -11,9 +11,8 @@ from tests.soak import die_in_the_middle, soak
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.mark.parametrize("executor", ["ring", "gather"])
-def test_soak(executor):
-    run_ranks(3, soak, "cpu", executor, 30)
+def test_soak():
+    run_ranks(3, soak, "cpu", ("ring", "gather"), 60)
 
 
 def die_soon(rank: int, executor: str) -> str:

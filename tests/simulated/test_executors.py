@@ -24,7 +24,7 @@ EXECUTORS = {
     "gather": (gather, Schedule()),
     "gather by head groups": (gather, Schedule(halves=False, head_groups=3)),
     "pull": (pull, Schedule()),
-    "pull in one launch": (pull, Schedule(own_first=False, halves=False)),
+    "pull, own keys at once": (pull, Schedule(halves=False)),
 }
 
 
@@ -119,6 +119,49 @@ def test_many_calls_share_memory(executor):
             got = [plan.layout.unshard(shards, 1) for shards in zip(*parts, strict=True)]
             for x, y in zip(got, expected, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+class Rememberer(ReferenceKernel):
+    """Remembers what gradients it has made."""
+
+    def __init__(self):
+        self.made = []
+
+    def backward(self, *arguments, **options):
+        dq, *grads = super().backward(*arguments, **options)
+        grads = [x.contiguous() for x in grads]  # as they are sent
+        self.made += grads
+        return dq, *grads
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_when_a_call_returns_its_tensors_have_been_sent(executor):
+    """Their memory may be used for something else at once, while others are still busy with the call."""
+    case = Case(48, 2, 4, 2, 8)
+    plan = make_plan("zigzag", 48, 3, causal=True)
+    inputs = make_inputs(case, 0)
+    module, schedule = EXECUTORS[executor]
+
+    def work(rank, transport):
+        kernel = Rememberer()
+        symmetric = transport if module is pull else None
+        call = Call(plan, rank, kernel, 8**-0.5, transport, Buffers(), symmetric, schedule)
+        q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
+        mine = k.clone(), v.clone()
+        out, lse = module.forward(call, q, *mine)
+        for x in mine:
+            x.fill_(torch.nan)
+        mine = k.clone(), v.clone()
+        delta = kernel.row_delta(dout, out)
+        grads = [x.clone() for x in module.backward(call, dout, q, *mine, out, lse, delta)]
+        for x in (*mine, *kernel.made):
+            x.fill_(torch.nan)
+        return Result(out, *grads)
+
+    for seed in range(20):
+        parts = simulate(3, work, Network(seed, spread=100, pause=(1e-3, 1e-5)[seed % 2]))
+        for shards, right in zip(zip(*parts, strict=True), exact(case, inputs), strict=True):
+            torch.testing.assert_close(plan.layout.unshard(shards, 1), right, rtol=1e-10, atol=1e-10)
 
 
 class Witness(ReferenceKernel):

@@ -9,7 +9,7 @@ from ringattn.executors.call import Buffers, Call
 from ringattn.kernels.registry import KERNELS
 from ringattn.layout import LAYOUTS
 from ringattn.plan import make_plan
-from ringattn.transport.interface import Message, Move, TransportError
+from ringattn.transport.interface import Mark, Message, Put, TransportError
 from ringattn.transport.simulated import Network, simulate
 from ringattn.transport.virtual_time import RankDied
 
@@ -93,16 +93,54 @@ def fails(work, ranks: int = 2) -> bool:
 @pytest.mark.parametrize("regions", [1, 2])
 def test_two_regions_in_turn_are_safe_and_one_is_not(regions):
     def work(rank, transport):
-        transport.reserve([32] * 4)
+        transport.reserve([32] * 2)
+        other = 1 - rank
+        mark = Mark(transport.words(other)[0, rank : rank + 1])
         for step in range(20):
-            mine, other = (transport.region(r, step % regions) for r in (rank, 1 - rank))
-            mine.fill_(step)
-            transport.meet()
-            into = transport.region(rank, 2 + step % 2)
-            transport.copy([Move(into, other)])()
-            assert (into == step).all()
+            mine, theirs = (transport.region(r, step % regions) for r in (rank, other))
+            transport.begin()
+            transport.copy([Put(theirs, 0, (slice(None),)), mark], [torch.full((32,), step, dtype=torch.uint8)])
+            transport.hear(0, mine)
+            transport.clock.wait(rank, lambda: True, str)
+            assert (mine == step).all()
+            transport.finish()
 
     assert fails(work) == (regions == 1)
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_who_does_not_hear_reads_what_was_there_before(careful):
+    def work(rank, transport):
+        transport.reserve([32])
+        other = 1 - rank
+        mark = Mark(transport.words(other)[0, rank : rank + 1])
+        transport.begin()
+        transport.copy([Put(transport.region(other, 0), 0, (slice(None),)), mark], [torch.ones(32, dtype=torch.uint8)])
+        if careful:
+            transport.hear(0, transport.region(rank, 0))
+        seen = transport.region(rank, 0).clone()
+        transport.finish()
+        assert (seen == 1).all()
+
+    assert fails(work) != careful
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_who_overwrites_before_the_copies_are_done_sends_garbage(careful):
+    def work(rank, transport):
+        transport.reserve([32])
+        other, leaving = 1 - rank, torch.ones(32, dtype=torch.uint8)
+        mark = Mark(transport.words(other)[0, rank : rank + 1])
+        transport.begin()
+        transport.copy([Put(transport.region(other, 0), 0, (slice(None),)), mark], [leaving])
+        if careful:
+            transport.finish()
+        leaving.zero_()
+        transport.hear(0, transport.region(rank, 0))
+        assert (transport.region(rank, 0) == 1).all()
+        transport.finish()
+
+    assert fails(work) != careful
 
 
 @pytest.mark.parametrize("careful", [True, False])

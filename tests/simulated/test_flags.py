@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from ringattn.executors import pull
 from ringattn.executors.call import Buffers, Call, Schedule
@@ -9,32 +10,41 @@ from ringattn.kernels.reference import ReferenceKernel
 from ringattn.launch.oracle import Case, exact, make_inputs
 from ringattn.layout import LAYOUTS
 from ringattn.plan import make_plan
+from ringattn.sinks import seen_by_sinks
 from ringattn.transport.simulated import Network, simulate
 
 BLOCK = 4
 
 
 class Patient(ReferenceKernel):
-    """Waits for every (source, head) that it is about to read, head by head."""
+    """Waits for every (source, head) that it is about to read, head by head; reads whole blocks."""
 
     waits = True
 
     def __init__(self, rank, transport, hasty=False):
         self.rank, self.transport, self.hasty = rank, transport, hasty
 
-    def forward(self, q, k, v, segments, *, arrival=None, **options):
+    def forward(self, q, k, v, segments, *, arrival=None, running=None, **options):
         assert arrival is not None
-        sources = sorted({segment.k_start // arrival.slot for segment in segments})
+        slot, flags = arrival.slot, arrival.flags
+        sources = sorted({segment.k_start // slot - 1 for segment in segments if segment.k_start >= slot})
+        k, v = (pad(x, (0, 0, 0, 0, 0, slot - x.shape[1])) for x in (k, v))
+        read = torch.zeros(slot + arrival.v.shape[1], 1, 1, dtype=torch.bool)
+        for segment in segments:  # masked values are multiplied by zero, up to the end of a block
+            read[segment.k_start : segment.k_start - segment.k_len // -BLOCK * BLOCK] = True
         outs, lses = [], []
         ratio = q.shape[2] // k.shape[2]
         for g in range(k.shape[2]):
 
-            def here(g=g):
-                return all(arrival.flags[source, g] >= arrival.epoch for source in sources)
+            def here(flag=g * flags.shape[1] // k.shape[2]):
+                return all(flags[source, flag] >= arrival.epoch for source in sources)
 
             self.transport.clock.wait(self.rank, (lambda: True) if self.hasty else here, lambda: "flags")
             heads, group = slice(g * ratio, (g + 1) * ratio), slice(g, g + 1)
-            out, lse = super().forward(q[:, :, heads], k[:, :, group], v[:, :, group], segments, **options)
+            keys, values = (torch.cat(x, 1)[:, :, group] for x in ((k, arrival.k), (v, arrival.v)))
+            values = values.where(read, 0.0)
+            seen = running and (running[0][:, :, heads], running[1][:, heads])
+            out, lse = super().forward(q[:, :, heads], keys, values, segments, running=seen, **options)
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs, 2), torch.cat(lses, 1)
@@ -45,14 +55,20 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pull, "BLOCK", BLOCK)
 
 
-def attend(plan, case, inputs, network, calls=1, hasty=False):
+def attend(plan, case, inputs, network, calls=1, hasty=False, groups=2, sinks=None):
     def work(rank, transport):
         kernel = Patient(rank, transport, hasty)
-        schedule = Schedule(own_first=False, flags=True)
+        schedule = Schedule(flags=True, head_groups=groups)
         call = Call(plan, rank, kernel, case.head_dim**-0.5, transport, Buffers(), transport, schedule)
         q, k, v, _ = (plan.layout.shard(x, rank, 1) for x in inputs)
         for number in range(calls):  # earlier calls have other keys, and leave them in memory
-            out, _ = pull.forward(call, q, k + (calls - 1 - number), v - (calls - 1 - number))
+            running = None if sinks is None else seen_by_sinks(sinks, q, v)
+            out, _ = pull.forward(call, q, k + (calls - 1 - number), v - (calls - 1 - number), running)
+            if number == 0:  # and all sorts of things may be there
+                transport.barrier()
+                for index in range(2):
+                    transport.region(rank, index).fill_(0xFF)
+                transport.barrier()
         return out
 
     return plan.layout.unshard(simulate(plan.ranks, work, network), 1)
@@ -62,16 +78,27 @@ def attend(plan, case, inputs, network, calls=1, hasty=False):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equal_to_one_rank_in_any_order_of_arrival(layout, ranks):
     for causal in (True, False):
-        case = Case(2 * ranks * BLOCK * 3, 2, 8, 4, 8, causal)
+        case = Case(2 * ranks * BLOCK * 3 + (not causal), 2, 8, 4, 8, causal)
         plan = make_plan(layout, case.seq_len, ranks, causal=causal)
-        if pull.slot_of(plan) is None:
-            assert (layout, causal) == ("striped", True)  # a rank before another sees one key less
-            continue
         inputs = make_inputs(case, 0)
         right = exact(case, inputs).out
         for seed in range(4):
-            got = attend(plan, case, inputs, Network(seed, spread=100), calls=3)
+            got = attend(plan, case, inputs, Network(seed, spread=100), calls=3, groups=(1, 2, 4)[seed % 3])
             torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sinks_windows_and_documents_of_any_length(layout):
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    for seed, (window, documents) in enumerate(((9, None), (None, (0, 5, 30, 31, 70)), (None, None))):
+        case = Case(75, 2, 4, 2, 8, window=window, documents=documents)
+        plan = make_plan(layout, case.seq_len, 3, **case.mask)
+        inputs = make_inputs(case, seed)
+        whole = make_plan("contiguous", case.seq_len, 1, **case.mask).segments(0, 0)
+        running = seen_by_sinks(sinks, inputs.q, inputs.v)
+        right, _ = ReferenceKernel().forward(*inputs[:3], whole, scale=case.head_dim**-0.5, running=running)
+        got = attend(plan, case, inputs, Network(seed, spread=100), calls=3, sinks=sinks)
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
 
 
 def test_a_kernel_that_does_not_wait_is_found_out():
@@ -79,7 +106,3 @@ def test_a_kernel_that_does_not_wait_is_found_out():
     plan = make_plan("zigzag", 48, 2, causal=True)
     inputs = make_inputs(case, 0)
     assert attend(plan, case, inputs, Network(spread=100), hasty=True).isnan().any()
-
-
-def test_lengths_that_end_within_a_block_cannot_wait():
-    assert pull.slot_of(make_plan("zigzag", 50, 2, causal=True)) is None

@@ -1,0 +1,120 @@
+"""Which program of a launch works on which tiles, and in which order, so that a GPU is busy until the end.
+
+A piece of work is a tile for one head. Pieces come in sections of as many heads as share the L2 cache; in a section the
+longest tiles come first, and for one tile its heads side by side.
+
+Where programs stay until the end (`deal`), each piece goes to the program that will be done first with what it has. So
+a queue would deal them as the programs run; here it is worked out beforehand, by the blocks that each walks. Dealt in
+turn, lengths that come in steps leave some programs a twentieth more to do than others: a shard of the zigzag layout
+has tiles of 96 to 128 blocks and then of 1 to 32.
+
+Where every piece has a program of its own (`queue`), the GPU starts the next one where one has ended. A section that
+begins with long pieces when the others are nearly done holds up the end, with packed documents by a tenth of the time.
+So the short pieces of all sections wait until all long ones have started.
+"""
+
+from __future__ import annotations
+
+from heapq import heapreplace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .segments import Segments
+from .tiles import Work, query_tiles, to_device
+
+__all__ = ["Dealt", "deal", "dealt_tiles", "queue"]
+
+BEGINNING = 1.5  # what a tile takes besides its blocks, in blocks
+
+
+class Dealt(NamedTuple):
+    """The work of a launch.
+
+    pieces [1 + R, P, 4] int32: how many pieces each of P programs has; then its pieces one after the other: head (of
+        all sequences' heads), the tile's first row, its first run, the end of its runs.
+    runs [N, 8] int32: see `tiles.Work`.
+    """
+
+    pieces: torch.Tensor
+    runs: torch.Tensor
+    windowed: bool
+
+    @property
+    def programs(self) -> int:
+        return self.pieces.shape[1]
+
+    def to(self, device: torch.device) -> Dealt:
+        return self._replace(pieces=to_device(self.pieces, device), runs=to_device(self.runs, device))
+
+
+def deal(blocks: np.ndarray, heads: int, side: int, programs: int) -> list[list[tuple[int, int]]]:
+    """The pieces (head, tile) of each program, in its order: tiles of so many blocks, longest first, for every head, in
+    sections of `side` heads.
+
+    Example:
+        >>> deal(np.array([4, 2, 1]), heads=2, side=2, programs=3)
+        [[(0, 0)], [(1, 0)], [(0, 1), (1, 1), (0, 2), (1, 2)]]
+    """
+    hands: list[list[tuple[int, int]]] = [[] for _ in range(programs)]
+    queue = [(0.0, program) for program in range(programs)]  # when each is done
+    lengths = [(tile, length + BEGINNING) for tile, length in enumerate(blocks.tolist())]
+    for section in range(0, heads, side):
+        for tile, length in lengths:
+            for head in range(section, section + side):
+                done, program = queue[0]
+                hands[program].append((head, tile))
+                heapreplace(queue, (done + length, program))
+    return hands
+
+
+def dealt_tiles(
+    segments: Segments, rows: int, block_rows: int, block_keys: int, heads: int, side: int, programs: int, all: bool
+) -> Dealt:
+    """The tiles of `rows` query rows, for so many heads, dealt to at most so many programs; with `all`, also those that
+    see nothing."""
+    work = query_tiles(segments, rows, block_rows, block_keys)
+    tiles = work.tiles.numpy()[: None if all else work.busy]
+    hands = deal(work.blocks(block_keys)[: len(tiles)], heads, side, min(programs, len(tiles) * heads))
+    pieces = np.zeros((1 + max(map(len, hands), default=0), len(hands), 4), np.int32)
+    for program, hand in enumerate(hands):
+        head, tile = np.array(hand).T
+        pieces[0, program, 0] = len(hand)
+        pieces[1 : 1 + len(hand), program] = np.concatenate((head[:, None], tiles[tile]), 1)
+    return Dealt(torch.from_numpy(pieces), work.runs, work.windowed)
+
+
+def queue(work: Work, step: int, tiles: int, heads: int, side: int, programs: int) -> torch.Tensor:
+    """The first so many tiles of `work`, in blocks of `step`, for all heads, in the order in which their programs start
+    where so many run at once; columns as in `Dealt.pieces`: int32 [tiles * heads, 4].
+
+    Short pieces are as many as fill half of the time that the longest one takes. For one head, tiles start in their
+    order, in which they may wait for each other (`turns.py`).
+
+    Example (tiles of 1, 2 and 3 blocks, two heads that do not share the cache):
+        >>> from .segments import Segment, Segments
+        >>> work = query_tiles(Segments([Segment(0, 12, 0, 12, 0)]), 12, 4, 4)
+        >>> queue(work, 4, 3, 2, 1, 2)[:, :2].tolist()
+        [[0, 8], [0, 4], [1, 8], [1, 4], [0, 0], [1, 0]]
+    """
+    length = work.blocks(step)[:tiles] + BEGINNING
+    left = heads * np.cumsum(length[::-1])[::-1]  # from each tile on
+    long = int(np.count_nonzero(2 * left > programs * length.max(initial=0)))
+    tile, head = (
+        np.concatenate(parts)
+        for parts in zip(sections(0, long, heads, side), sections(long, tiles, heads, heads), strict=True)
+    )
+    return torch.from_numpy(np.column_stack((head, work.tiles.numpy()[tile])).astype(np.int32))
+
+
+def sections(first: int, end: int, heads: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tile and head of each piece, in sections of `side` heads: in one tile by tile, and for a tile head by head.
+
+    Example:
+        >>> [x.tolist() for x in sections(3, 5, 4, 2)]
+        [[3, 3, 4, 4, 3, 3, 4, 4], [0, 1, 0, 1, 2, 3, 2, 3]]
+    """
+    section, rest = np.divmod(np.arange((end - first) * heads), max((end - first) * side, 1))
+    tile, head = np.divmod(rest, side)
+    return first + tile, section * side + head

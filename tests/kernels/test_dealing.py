@@ -1,0 +1,97 @@
+"""Every tile of every head is dealt to one program, and all programs have as much to do."""
+
+from __future__ import annotations
+
+import heapq
+import random
+
+import numpy as np
+import pytest
+
+from ringattn.kernels.dealing import BEGINNING, dealt_tiles, queue
+from ringattn.kernels.segments import Segment, Segments
+from ringattn.kernels.tiles import key_tiles, query_tiles
+from ringattn.plan import make_plan
+from tests.kernels.test_kernels import cut
+
+PROGRAMS, HEADS = 132, 32
+DOCUMENTS = (0, 2067, 4633, 9630, 11886, 16384)
+
+
+def loads(segments: Segments, rows: int, **changed) -> np.ndarray:
+    """The blocks that each program walks."""
+    options = {"heads": HEADS, "side": 16, "programs": PROGRAMS, "all": True} | changed
+    dealt = dealt_tiles(segments, rows, 128, 128, **options)
+    pieces, runs = dealt.pieces.numpy(), dealt.runs.numpy()
+    blocks = -(-runs[:, 1] // 128)
+    return np.array(
+        [
+            sum(
+                blocks[begin:end].sum() + BEGINNING
+                for _, _, begin, end in pieces[1 : 1 + pieces[0, program, 0], program]
+            )
+            for program in range(dealt.programs)
+        ]
+    )
+
+
+@pytest.mark.parametrize("tokens", [8192, 32768])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_of_the_zigzag_layout_are_dealt_evenly(tokens, rank):
+    segments = make_plan("zigzag", 2 * tokens, 2, causal=True).gathered_segments(rank)
+    each = loads(segments, tokens)
+    assert each.max() <= 1.01 * each.mean()
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_every_piece_once(everything):
+    segments = Segments([Segment(300, 500, 0, 700, 200)])  # tiles before and after see nothing
+    dealt = dealt_tiles(segments, 1000, 128, 128, 4, 2, 7, everything)
+    work = query_tiles(segments, 1000, 128, 128)
+    count, pieces = dealt.pieces.numpy()[0, :, 0], dealt.pieces.numpy()[1:]
+    got = sorted(tuple(pieces[i, p].tolist()) for p in range(7) for i in range(count[p]))
+    tiles = work.tiles.numpy() if everything else work.tiles.numpy()[: work.busy]
+    assert got == sorted((head, *tile.tolist()) for head in range(4) for tile in tiles)
+
+
+def test_nothing_to_see_and_nothing_to_write():
+    assert dealt_tiles(Segments(), 1000, 128, 128, 4, 2, 7, all=False).programs == 0
+    assert dealt_tiles(Segments(), 0, 128, 128, 4, 2, 7, all=True).programs == 0
+
+
+def documents(rank: int) -> Segments:
+    """Long documents among short ones, as one of two ranks sees them."""
+    plan = make_plan("balanced", 16384, 2, causal=True, cu_seqlens=DOCUMENTS)
+    return plan.gathered_segments(rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_packed_documents_are_dealt_evenly(rank):
+    each = loads(documents(rank), 8192)
+    assert each.max() <= 1.02 * each.mean()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_piece_queues_once(seed):
+    draw = random.Random(seed)
+    rows, keys, block, step = draw.randint(1, 60), draw.randint(1, 60), draw.choice([4, 16]), draw.choice([4, 16])
+    work, heads = key_tiles(cut(rows, keys, draw), keys, block, step), draw.choice([1, 4, 6])
+    side = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    queued = queue(work, step, len(work.tiles), heads, side, 3).tolist()
+    assert len(queued) == heads * len(work.tiles)
+    for head in range(heads):  # in the order of the tiles, in which they may wait for each other (turns.py)
+        assert [tile for each, *tile in queued if each == head] == work.tiles.tolist()
+    assert len(queue(work, step, 0, heads, side, 3)) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_starts_last_is_short(rank):
+    work = key_tiles(documents(rank), 16384, 128, 128, align=4)
+    work = work._replace(tiles=work.tiles[: work.busy])
+    pieces = queue(work, 128, work.busy, 8, 2, PROGRAMS).numpy()
+    length = dict(zip(work.tiles[:, 0].tolist(), (work.blocks(128) + BEGINNING).tolist(), strict=True))
+    done = [0.0] * PROGRAMS
+    for _, first, _, _ in pieces.tolist():
+        heapq.heapreplace(done, done[0] + length[first])
+    assert max(done) < 1.06 * np.mean(done)
+    assert len(set(pieces[:32, 0].tolist())) == 2  # and meanwhile few heads share the cache
