@@ -38,7 +38,7 @@ class KernelRate(NamedTuple):
 
 # Measured on an H200, bf16, 32:8 heads, head dim 128, causal: docs/benchmarks/kernel.jsonl, scaling.jsonl.
 KERNEL_RATES = {
-    "hopper": KernelRate(675e12, 500e12),
+    "hopper": KernelRate(680e12, 555e12),
     "triton": KernelRate(510e12, 425e12),
     "cudnn": KernelRate(589e12, 537e12),
     "aten": KernelRate(345e12, 322e12),
@@ -248,7 +248,7 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         early = own / 4 if schedule.halves else 0.0
         taken = beside(early + LAUNCH, come, "copy engine") if schedule.halves else come
         taken += remote + LAUNCH + beside(own - early + LAUNCH, home, "copy engine") + 2 * MEETING
-        sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank) * (1 + schedule.halves)
+        sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)
         backward = max(backward, taken + sums)
     copies = plan.ranks - 1
     issued = HOST["call"] + (2 - schedule.flags) * HOST["launch"] + HOST["travel"]
