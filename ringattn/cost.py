@@ -54,7 +54,8 @@ LAUNCH = 25e-6  # seconds to fill and drain the GPU
 MEETING = 10e-6  # seconds for ranks to hear from each other on the GPU
 MEMORY = 3.5e12  # bytes a second to and from memory
 BESIDE = {"p2p": 1.3, "copy engine": 1.09}  # how much slower attention is beside such traffic
-HOST = {"call": 60e-6, "launch": 50e-6, "travel": 60e-6, "copy": 4e-6, "message": 150e-6}  # seconds of the host
+# Seconds of the host; a backward begins in a thread of torch's that has to wake up.
+HOST = {"call": 50e-6, "backward": 600e-6, "launch": 35e-6, "travel": 40e-6, "copy": 5e-6, "message": 150e-6}
 TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
 ALIKE = 0.01  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
@@ -113,7 +114,8 @@ class Prediction(NamedTuple):
     def __str__(self) -> str:
         name = self.executor
         if self.executor == "pull":
-            way = f"flags of {self.schedule.head_groups} head groups" if self.schedule.flags else "own keys first"
+            groups = f"{self.schedule.head_groups} head group{'s' * (self.schedule.head_groups > 1)}"
+            way = f"flags, {groups}" if self.schedule.flags else "own keys first"
             name += f" ({way}, own gradients {'in halves' if self.schedule.halves else 'last'})"
         elif self.schedule.head_groups > 1:
             name += f" ({self.schedule.head_groups} head groups)"
@@ -183,7 +185,7 @@ def predict_ring(load: Workload) -> Prediction:
         back.append([beside(halves[0], hop, "p2p"), *middle, beside(halves[1], home, "p2p") + merge])
     forward, backward = round_the_ring(onward), round_the_ring(back)
     issued = HOST["call"] + plan.ranks * HOST["launch"] + (plan.ranks - 1) * HOST["message"]
-    issued_back = HOST["call"] + (plan.ranks + 1) * 2 * HOST["launch"] + plan.ranks * HOST["message"]
+    issued_back = HOST["backward"] + (plan.ranks + 1) * 2 * HOST["launch"] + plan.ranks * HOST["message"]
     memory = 2 * shard * load.token_bytes + 3 * shard * load.gradient_bytes
     return Prediction("ring", Schedule(), max(forward, issued), max(backward, issued_back), memory)
 
@@ -222,9 +224,9 @@ def predict_gather(load: Workload, groups: int) -> Prediction:
     issued = HOST["call"] + groups * (HOST["launch"] + HOST["travel"])
     memory = min(groups, 2) * length * load.token_bytes // groups
     memory = max(memory, length * (load.token_bytes + 2 * load.gradient_bytes))  # the backward takes all heads at once
-    return Prediction(
-        "gather", Schedule(head_groups=groups), max(forward, issued), max(backward, 3 * issued), int(memory)
-    )
+    issued_back = HOST["backward"] + 6 * HOST["launch"] + 2 * HOST["message"]
+    schedule = Schedule(head_groups=groups)
+    return Prediction("gather", schedule, max(forward, issued), max(backward, issued_back), int(memory))
 
 
 def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
@@ -253,7 +255,7 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
     copies = plan.ranks - 1
     issued = HOST["call"] + (2 - schedule.flags) * HOST["launch"] + HOST["travel"]
     issued += 3 * copies * schedule.head_groups * HOST["copy"]
-    issued_back = HOST["call"] + (2 + schedule.halves) * 2 * HOST["launch"] + 2 * HOST["travel"]
+    issued_back = HOST["backward"] + (2 + schedule.halves) * 2 * HOST["launch"] + 2 * HOST["travel"]
     issued_back += 6 * copies * HOST["copy"]
     slot = slot_of(plan) if schedule.flags else None
     longest = max(remote_axis(plan, rank, slot).length for rank in ranks)
