@@ -164,6 +164,32 @@ def test_when_a_call_returns_its_tensors_have_been_sent(executor):
             torch.testing.assert_close(plan.layout.unshard(shards, 1), right, rtol=1e-10, atol=1e-10)
 
 
+class Yielding(ReferenceKernel):
+    """Remembers how many multiprocessors it was told to leave to others."""
+
+    yields = True
+
+    def __init__(self):
+        self.margins = []
+
+    def forward(self, *arguments, margin=0, **options):
+        self.margins.append(margin)
+        return super().forward(*arguments, **options)
+
+
+def test_the_ring_leaves_room_for_messages_while_there_are_any():
+    plan = make_plan("zigzag", 48, 3, causal=True)
+
+    def work(rank, transport):
+        kernel = Yielding()
+        transport.processors = 4
+        call = Call(plan, rank, kernel, 1.0, transport, Buffers())
+        ring.forward(call, *torch.randn(3, 1, plan.layout.lengths[rank], 2, 8))
+        return kernel.margins
+
+    assert simulate(3, work) == [[4, 4, 0]] * 3
+
+
 class Witness(ReferenceKernel):
     """Fails when a partial result or gradient comes back in less than fp32."""
 
