@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -216,7 +217,8 @@ class SymmetricMemory:
         """See `Symmetric.hear`."""
         nans = poison.numel() * poison.element_size() // 4
         arguments = self.my_words[row], self.error, self.late, poison, nans, self.calls, self.patience, self.rank
-        with torch.cuda.device(self.device):
+        elsewhere = torch.cuda.current_device() != self.device.index
+        with torch.cuda.device(self.device) if elsewhere else nullcontext():
             if self.waiting is None:
                 from ringattn.transport.await_kernel import await_kernel
 
