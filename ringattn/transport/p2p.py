@@ -25,9 +25,8 @@ from ringattn.transport.watch import Expected, Watch
 
 __all__ = ["CHANNELS", "P2PTransport"]
 
-CHANNELS = 4  # for messages: at 8192 tokens of 8 heads they bring 33 MB in half of the time that own keys take
+CHANNELS = 4  # for messages: at 8192 tokens of 8 heads they bring 33 MB in the time that own keys take
 WIDE = 16  # for all-gathers
-CLUSTER = 1  # blocks of NCCL's that must be on neighbouring multiprocessors; by default 4, and those may be taken
 ALL_BITS = 0xFF  # NaN in every floating dtype
 
 
@@ -77,7 +76,6 @@ class P2PTransport:
         nothing to say."""
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options.config.max_ctas = channels
-        options.config.cga_cluster_size = CLUSTER
         options.global_ranks_in_group = dist.get_process_group_ranks(self.group)
         store = PrefixStore(f"ringattn/{self.group.group_name}/{name}", _get_default_store())
         with watchdog_off():
