@@ -127,11 +127,11 @@ class Rememberer(ReferenceKernel):
     def __init__(self):
         self.made = []
 
-    def backward(self, *arguments, **options):
-        dq, *grads = super().backward(*arguments, **options)
-        grads = [x.contiguous() for x in grads]  # as they are sent
-        self.made += grads
-        return dq, *grads
+    def backward(self, dout, q, k, v, *arguments, **options):
+        dq, dk, dv = super().backward(dout, q, k, v, *arguments, **options)
+        dk, dv = dk.contiguous(), dv.contiguous()  # as they are sent
+        self.made += [dk, dv]
+        return dq, dk, dv
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -184,7 +184,8 @@ def test_the_ring_leaves_room_for_messages_while_there_are_any():
         kernel = Yielding()
         transport.processors = 4
         call = Call(plan, rank, kernel, 1.0, transport, Buffers())
-        ring.forward(call, *torch.randn(3, 1, plan.layout.lengths[rank], 2, 8))
+        q, k, v = torch.randn(3, 1, plan.layout.lengths[rank], 2, 8)
+        ring.forward(call, q, k, v)
         return kernel.margins
 
     assert simulate(3, work) == [[4, 4, 0]] * 3
