@@ -50,7 +50,7 @@ def finish(
     OUT: gl.constexpr = b_acc.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, b_m.type.layout)
     b_weight = gl.sum(b_l, 1)
-    seen = b_weight > 0.0
+    seen = b_weight != 0.0
     b_lse = gl.where(seen, (gl.max(b_m, 1) + gl.log2(b_weight)) * LN2, -float("inf"))
     b_inverse = gl.where(seen, 1.0 / b_weight, 0.0)
     if WAIT:  # keys may not have been there

@@ -83,7 +83,7 @@ def forward_kernel(
             b_v = load_block(v, v_strides, i_b, i_g, start + j, length - j, E, BLOCK_KEYS, BLOCK_E)
             b_acc, b_l = absorb(b_acc, b_l, b_x, b_shrink, b_v, PRECISION)
 
-    seen = b_l > 0.0
+    seen = b_l != 0.0
     b_lse = tl.where(seen, (b_m + tl.math.log2(b_l)) * LN2, -float("inf"))
     b_acc = b_acc * tl.where(seen, 1.0 / b_l, 0.0)[:, None]
     out = head_of(out, out_strides, i_b, i_h) + row0.to(tl.int64) * out_strides[1]
