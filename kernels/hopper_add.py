@@ -7,8 +7,11 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import _core
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["await_turn", "reduce_add", "reduced", "store_spread", "viewed"]
+__all__ = ["await_turn", "reduce_add", "reduced", "store_spread", "viewed", "write"]
+
+write = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # its name until Triton 3.7
 
 
 @_core.builtin

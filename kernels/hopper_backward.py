@@ -5,169 +5,165 @@ With the final lse and delta = rowsum(dO * O) every block stands for itself (arX
     P = exp(scale Q K^T - lse)    dS = P (dO V^T - delta)    dV = P^T dO    dK = scale dS^T Q    dQ = scale dS K
 
 A program owns 128 keys of one key/value head and walks the rows that see them, head by head, so dK and dV are summed in
-registers by one owner in a fixed order. Its warps do different things (arXiv:2407.08608, section 3.1): one loads blocks
-of Q and dO, two warpgroups compute, 64 keys each, and one adds what they make of dQ to the sum in memory. A step of
-64 rows in the life of a warpgroup:
+registers by one owner in a fixed order. Its warps do different things (arXiv:2407.08608, section 3.1): one loads steps
+of 64 rows of Q and dO, two warpgroups compute for 64 keys each, a third computes dQ for all of them, and one warp adds
+that to the sum in memory. A step in the life of these warpgroups:
 
-    products     S = K Q^T | dP = V dO^T | dV += P^T dO | dQ = dS K | dK += dS^T Q
-    the rest               | P = exp(S)  | dS           |           | dQ to the one that adds it
+    keys 0..63      S = K Q^T | P = exp(S) | dP = V dO^T | dS | dV += P^T dO | dK += dS^T Q
+    keys 64..127           S = K Q^T | P = exp(S) | dP = V dO^T | dS | dV += P^T dO | dK += dS^T Q
+    rows                      dQ = dS K of the step before         | to the one that adds it  |
 
 Blocks are transposed, [keys, rows], so that P^T and dS^T already lie where their products want their left operand.
-Only dQ needs the other warpgroup's keys: dS goes through shared memory, and each warpgroup computes one half of dQ from
-all keys of the tile. What limits the kernel is shared memory, 128 bytes a clock: see docs/kernels.md.
+Only dQ needs all keys: dS goes through shared memory. Nobody waits for anybody but through barriers in memory, so the
+three drift apart, and one computes exponentials while the matrix units work for another. What limits the kernel is
+shared memory, 128 bytes a clock: see docs/kernels.md.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .hopper_add import await_turn, reduce_add, reduced, viewed
-from .hopper_steps import narrow_block, wide_block
-from .hopper_tile import fetch, product_layout, run_at
+from .hopper_add import await_turn, reduce_add, reduced, viewed, write
+from .hopper_prepare import DELTA, PIECES
+from .hopper_steps import key_sums, put_word, query_sums, weights
+from .hopper_tile import fetch, named_sync, run_at
 
 __all__ = ["hopper_backward_kernel"]
 
 KEYS = gl.constexpr(128)  # of a tile
 ROWS = gl.constexpr(64)  # of a step
 BLOCK = gl.constexpr(128)  # rows of a block, two steps
+SLOTS = gl.constexpr(2)  # for steps, for dS and for parts of dQ
 
 
 @gluon.jit(do_not_specialize=["CELLS"])
 def hopper_backward_kernel(
-    q, k, v, dout, lse, delta, dq, dk, dv, pieces, runs, visits, turns, counters, scale, CELLS,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr,
-    ADD: gl.constexpr, ORDERED: gl.constexpr,
+    q, k, v, dout, pieces, dq, dk, dv, order, runs, visits, turns, counters, scale, scale_log2, CELLS,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of every tile in `pieces`, stored or added, and dQ added to a sum.
+    """dK and dV of every tile in `order`, stored or added, and dQ added to a sum.
 
-    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D]. lse and delta are descriptors of [B * H, L]; runs
-    begin at multiples of 4 rows, because TMA reads from multiples of 16 bytes. A program takes SHARE of the GROUP query
-    heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
+    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D], pieces of [B * H, L, PIECES] (`hopper_prepare.py`). A
+    program takes SHARE of the GROUP query heads of a key/value head. ORDERED: adds to dQ wait for their turn
+    (`turns.py`).
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
-    SLOTS: gl.constexpr = 2 if WIDTH == 128 else 4
-    PARTS: gl.constexpr = WIDTH // 32
     dtype: gl.constexpr = k.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, WIDTH], dtype)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], dtype)
+    narrow: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, PIECES], dtype)
     sums: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], gl.float32)
-    per_row: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     signal: gl.constexpr = mbarrier.MBarrierLayout()
     s_k = gl.allocate_shared_memory(dtype, [KEYS, WIDTH], tile)
     s_v = gl.allocate_shared_memory(dtype, [KEYS, WIDTH], tile)
     s_q = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, WIDTH], tile)
     s_do = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, WIDTH], tile)
-    s_lse = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], per_row)
-    s_delta = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], per_row)
+    s_pieces = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, PIECES], narrow)
+    s_weights = gl.allocate_shared_memory(dtype, [2, ROWS, PIECES], narrow)
+    s_mask = gl.allocate_shared_memory(gl.int32, [2 * SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     s_ds = gl.allocate_shared_memory(dtype, [SLOTS, KEYS, ROWS], square)
-    s_dq = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS, 64], sums)
+    s_dq = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS, 64], sums)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], signal)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
-    dq_full = gl.allocate_shared_memory(gl.int64, [PARTS, 1], signal)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [PARTS, 1], signal)
+    ds_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
+    dq_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(PARTS):
+        mbarrier.init(ds_full.index(i), count=2)
+        mbarrier.init(ds_empty.index(i), count=1)
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_empty.index(i), count=1)
+    s_weights.index(0).store(weights(0, dtype))
+    s_weights.index(1).store(weights(DELTA, dtype))
     fence_async_shared()
 
     keys = (s_k, s_v, kv_full)
-    ring = (s_q, s_do, s_lse, s_delta, full, empty)
+    ring = (s_q, s_do, s_pieces, s_weights, s_mask, full, empty)
+    slopes = (s_ds, ds_full, ds_empty)
     adds = (s_dq, dq_full, dq_empty)
+    scales = (scale, scale_log2)
+    SINGLE: gl.constexpr = 24 if ORDERED else 32  # registers of warps that copy; so nothing is spilled
     gl.warp_specialize([
-        (compute, (0, dk, dv, scale, keys, ring, s_ds, adds, pieces, runs, GROUPS, GROUP, SHARE, ADD)),
-        (compute, (1, dk, dv, scale, keys, ring, s_ds, adds, pieces, runs, GROUPS, GROUP, SHARE, ADD)),
-        (load, (q, k, v, dout, lse, delta, keys, ring, pieces, runs, GROUPS, GROUP, SHARE)),
-        (add, (dq, adds, pieces, runs, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED)),
-    ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+        (compute_keys, (0, dk, dv, scales, keys, ring, slopes, order, runs, GROUPS, GROUP, SHARE, ADD)),
+        (compute_keys, (1, dk, dv, scales, keys, ring, slopes, order, runs, GROUPS, GROUP, SHARE, ADD)),
+        (compute_rows, (scale, keys, slopes, adds, order, runs, GROUPS, GROUP, SHARE)),
+        (load, (q, k, v, dout, pieces, keys, ring, order, runs, GROUPS, GROUP, SHARE)),
+        (add, (dq, adds, order, runs, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED, WIDTH // 64)),
+    ], [4, 4, 1, 1], [208, 96 - SINGLE, SINGLE, SINGLE])  # fmt: skip
 
 
 @gluon.jit
 def load(
-    q, k, v, dout, lse, delta, keys, ring, pieces, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr
+    q, k, v, dout, pieces, keys, ring, order, runs,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
-    """Keys and values once, then blocks of rows as fast as they are used up."""
+    """Keys and values once, then steps of rows as fast as they are used up, each with what its mask is made of: where
+    in its run it begins, or -1 where all is seen, and which run."""
     s_k, s_v, kv_full = keys
-    s_q, s_do, s_lse, s_delta, full, empty = ring
-    i_b, i_g, head0, key0, first, end = place(pieces, GROUPS, GROUP, SHARE)
+    s_q, s_do, s_pieces, _weights, s_mask, full, empty = ring
+    i_b, i_g, head0, key0, first, end = place(order, GROUPS, GROUP, SHARE)
     mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
     fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
-    slot, phase = 0, 1
+    phase = 1
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
         for i_h in range(head0, head0 + SHARE):
-            i_row = i_b * GROUPS * GROUP + i_h
             for n in range(gl.cdiv(length, BLOCK)):
-                row = start + block_at(n, length, head, tail)
-                for step in gl.static_range(2):
-                    i, j = slot + step, row + step * ROWS
+                block = block_at(n, length, head, tail)
+                for i in gl.static_range(SLOTS):
+                    j = block + i * ROWS
                     mbarrier.wait(empty.index(i), phase)
-                    mbarrier.expect(full.index(i), 2 * q.block_type.nbytes + 8 * ROWS)
-                    fetch(q, [i_b, i_h, j, 0], full.index(i), s_q.index(i))
-                    fetch(lse, [i_row, j], full.index(i), s_lse.index(i))
-                    fetch(dout, [i_b, i_h, j, 0], full.index(i), s_do.index(i))
-                    fetch(delta, [i_row, j], full.index(i), s_delta.index(i))
-                slot, phase = next_pair(slot, phase, s_q.shape[0])
+                    put_word(s_mask.index(2 * i), gl.where(n < (tail - head) // BLOCK, -1, j))
+                    put_word(s_mask.index(2 * i + 1), i_run)
+                    mbarrier.expect(full.index(i), 2 * q.block_type.nbytes + pieces.block_type.nbytes)
+                    fetch(pieces, [i_b * GROUPS * GROUP + i_h, start + j, 0], full.index(i), s_pieces.index(i))
+                    fetch(q, [i_b, i_h, start + j, 0], full.index(i), s_q.index(i))
+                    fetch(dout, [i_b, i_h, start + j, 0], full.index(i), s_do.index(i))
+                phase ^= 1
 
 
 @gluon.jit
-def compute(
-    HALF: gl.constexpr, dk, dv, scale, keys, ring, s_ds, adds, pieces, runs,
+def compute_keys(
+    HALF: gl.constexpr, dk, dv, scales, keys, ring, slopes, order, runs,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """One half of the tile's keys: their dK and dV, and one half of dQ of every block."""
-    s_k, s_v, kv_full = keys
-    s_dq, _, dq_empty = adds
-    _, _, _, _, first, end = place(pieces, GROUPS, GROUP, SHARE)
-    WIDTH: gl.constexpr = s_k.shape[1]
-    SLOTS: gl.constexpr = ring[0].shape[0]
-    block: gl.constexpr = wide_block if WIDTH == 128 else narrow_block
-    b_dk = gl.zeros([64, WIDTH], gl.float32, product_layout(WIDTH))
-    b_dv = gl.zeros([64, WIDTH], gl.float32, product_layout(WIDTH))
-    mbarrier.wait(kv_full, 0)
-    my_k, my_v = s_k.slice(HALF * 64, 64), s_v.slice(HALF * 64, 64)
-    if WIDTH == 64:  # there are registers to spare, and shared memory is read less
-        KEYS_LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(ROWS), k_width=2)
-        my_k, my_v = my_k.load(KEYS_LEFT), my_v.load(KEYS_LEFT)
-    slot, phase = 0, 0
-    for i_run in tl.range(first, end, disable_licm=True):
-        _, length, head, tail, _, _, _, _ = run_at(runs, i_run)
-        for _ in tl.range(SHARE, disable_licm=True):
-            for n in tl.range(gl.cdiv(length, BLOCK), disable_licm=True):
-                mask = (n >= (tail - head) // BLOCK, runs, i_run, block_at(n, length, head, tail))
-                b_dk, b_dv = block(
-                    HALF, slot, phase, my_k, my_v, s_k, ring, s_ds, adds, b_dk, b_dv, scale, mask
-                )  # fmt: skip
-                slot, phase = next_pair(slot, phase, SLOTS)
-
-    # Parts of dQ are freed in pairs, one of either warpgroup: when these are free, all of them are.
-    for part in gl.static_range(HALF, WIDTH // 32, 2):
-        mbarrier.wait(dq_empty.index(part), (phase if SLOTS == 2 else slot >> 1) ^ 1)
+    """One half of the tile's keys: their dK and dV."""
+    scale, scale_log2 = scales
+    b_dk, b_dv = key_sums(HALF, steps_of(order, runs, GROUPS, GROUP, SHARE), keys, ring, slopes, runs, scale_log2)
+    named_sync(9, 256)  # nobody reads Q and dO any more
+    WIDTH: gl.constexpr = b_dk.shape[1]
     sums: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], gl.float32)
-    s_out = viewed(s_dq, gl.float32, [2, 64, WIDTH], sums).index(HALF)
-    i_b, i_g, _, key0, _, _ = place(pieces, GROUPS, GROUP, SHARE)
+    s_out = viewed(ring[HALF], gl.float32, [64, WIDTH], sums)
+    i_b, i_g, _, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
     put(dv, b_dv, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
     put(dk, b_dk * scale, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
 
 
 @gluon.jit
+def compute_rows(
+    scale, keys, slopes, adds, order, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr
+):
+    """dQ of every step."""
+    query_sums(steps_of(order, runs, GROUPS, GROUP, SHARE), keys, slopes, adds, scale)
+
+
+@gluon.jit
 def add(
-    dq, adds, pieces, runs, visits, turns, counters, CELLS,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr,
+    dq, adds, order, runs, visits, turns, counters, CELLS,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """The parts of dQ of every block, as they come, to the sum in memory."""
+    """The parts of dQ, 64 columns of a step, as they come, to the sum in memory."""
     s_dq, dq_full, dq_empty = adds
-    i_b, _, head0, _, first, end = place(pieces, GROUPS, GROUP, SHARE)
-    PARTS: gl.constexpr = s_dq.shape[0]
+    i_b, _, head0, _, first, end = place(order, GROUPS, GROUP, SHARE)
     phase = 0
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
@@ -182,33 +178,56 @@ def add(
                     await_turn(p_counter, turn)
                     if next_turn >= 0:
                         await_turn(p_counter + 1, next_turn)
-                for pair in gl.static_range(0, PARTS, 2):
-                    for i in gl.static_range(pair, pair + 2):
+                for pair in gl.static_range(COLUMNS):
+                    for i in gl.static_range(2):
                         mbarrier.wait(dq_full.index(i), phase)
-                        j = row + i // (PARTS // 2) * ROWS
-                        reduce_add(dq, [i_b, i_h, j, i % (PARTS // 2) * 64], s_dq.index(i))
+                        step, column = (2 * pair + i) // COLUMNS, (2 * pair + i) % COLUMNS
+                        reduce_add(dq, [i_b, i_h, row + step * ROWS, column * 64], s_dq.index(i))
+                    tma.store_wait(1)
+                    mbarrier.arrive(dq_empty.index(0), count=1)
                     tma.store_wait(0)
-                    for i in gl.static_range(pair, pair + 2):
-                        mbarrier.arrive(dq_empty.index(i), count=1)
+                    mbarrier.arrive(dq_empty.index(1), count=1)
+                    phase ^= 1
                 if ORDERED:
                     reduced()
                     gl.atomic_add(p_counter, 1, sem="release")
                     if next_turn >= 0:
                         gl.atomic_add(p_counter + 1, 1, sem="release")
                     p_turn += 2
-                phase ^= 1
 
 
 @gluon.jit
-def place(pieces, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+def place(order, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
     """Batch, key/value head, first query head, first key, first run and end of the runs of this program."""
     SHARES: gl.constexpr = GROUP // SHARE
-    p_piece = pieces + 4 * gl.program_id(0)
+    p_piece = order + 4 * read_anew("%ctaid.x")
     i_share = gl.load(p_piece)
     i_bg = i_share // SHARES
     i_g = i_bg % GROUPS
     head0 = i_g * GROUP + i_share % SHARES * SHARE
     return i_bg // GROUPS, i_g, head0, gl.load(p_piece + 1), gl.load(p_piece + 2), gl.load(p_piece + 3)
+
+
+@gluon.jit
+def read_anew(REGISTER: gl.constexpr):
+    """A special register. Of `gl.program_id` the compiler would keep what was made of it across the walk."""
+    return gl.inline_asm_elementwise(asm_of(REGISTER), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def asm_of(register):
+    return f"mov.u32 $0, {getattr(register, 'value', register)};"
+
+
+@gluon.jit
+def steps_of(order, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+    """How many steps this program walks."""
+    _, _, _, _, first, end = place(order, GROUPS, GROUP, SHARE)
+    blocks = 0
+    for i_run in range(first, end):
+        _, length, _, _, _, _, _, _ = run_at(runs, i_run)
+        blocks += gl.cdiv(length, BLOCK)
+    return blocks * (SHARE * BLOCK // ROWS)
 
 
 @gluon.jit
@@ -221,15 +240,6 @@ def block_at(n, length, head, tail):
 
 
 @gluon.jit
-def next_pair(slot, phase, SLOTS: gl.constexpr):
-    """The next two slots of the ring, and the phase of their barriers, which changes with every round."""
-    if SLOTS == 2:
-        return slot, phase ^ 1
-    else:
-        return slot ^ 2, gl.where(slot == 0, phase, phase ^ 1)
-
-
-@gluon.jit
 def put(desc, b_x, s_x, coord, ADD: gl.constexpr):
     """Stores a tile, or adds it to what is there."""
     s_x.store(b_x)
@@ -237,5 +247,5 @@ def put(desc, b_x, s_x, coord, ADD: gl.constexpr):
     if ADD:
         reduce_add(desc, coord, s_x)
     else:
-        tma.async_copy_shared_to_global(desc, coord, s_x)
+        write(desc, coord, s_x)
     tma.store_wait(0)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .dealing import queue
 from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
 from .hopper_backward import hopper_backward_kernel
+from .hopper_prepare import PIECES, prepare_kernel
 from .launching import launch
 from .segments import Segments
 from .tiles import Work, key_tiles, to_device
@@ -23,6 +23,8 @@ from .turns import Turns, turns_of
 __all__ = ["backward"]
 
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
+PREPARED = 256  # rows of a program of `prepare_kernel`
+LOG2E = 1.4426950408889634
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
 
 
@@ -59,6 +61,7 @@ def backward(
     batch, rows, heads, d = q.shape
     _, keys, groups, e = v.shape
     group, units = heads // groups, batch * groups
+    scale = positive(scale)
     width = max(NARROWEST, block_width(max(d, e)))
     work, longest, blocks = segments.derive((lower, keys), lambda s: lower(s, keys))
     running = dk is not None or dv is not None
@@ -66,7 +69,7 @@ def backward(
     shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
     side = shares * side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
     shape = tiles, units * shares, side, processors(q.device)
-    pieces, runs = segments.derive((backward, keys, *shape, q.device), lambda _: placed(work, shape, q.device))
+    order, runs = segments.derive((backward, keys, *shape, q.device), lambda _: placed(work, shape, q.device))
     onto = running or shares > 1
     if onto and dq is None and not running:
         dq, dk, dv = all_zero(q, k, v)
@@ -87,16 +90,16 @@ def backward(
     launch(
         hopper_backward_kernel,
         q.device,
-        (len(pieces), 1, 1),
+        (len(order), 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
-            *(per_row(x) for x in (lse, delta)),
-            *sums, pieces, runs, *turns, counters, positive(scale), cells,
+            prepared(lse, delta, scale, q.dtype),
+            *sums, order, runs, *turns, counters, scale, scale * LOG2E, cells,
         ),
         (),
         (
             ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("ADD", onto),
-            ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 168),
+            ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 128),
         ),
     )  # fmt: skip
     for total, x in zip((dq, dk, dv), sums, strict=True):
@@ -131,9 +134,9 @@ class Lowered(NamedTuple):
 
 
 def lower(segments: Segments, keys: int) -> Lowered:
-    """Runs begin at rows that TMA can read lse from. In the tile that reaches past the end all blocks have a mask: its
-    last keys are zeros, and P of a zero need not be finite."""
-    work = key_tiles(segments, keys, KEYS, BLOCK, align=4)
+    """In the tile that reaches past the end all blocks have a mask: its last keys are zeros, and P of a zero need not
+    be finite."""
+    work = key_tiles(segments, keys, KEYS, BLOCK)
     for key0, begin, end in work.tiles.tolist():
         if key0 + KEYS > keys:
             work.runs[begin:end, 3] = work.runs[begin:end, 2]
@@ -160,15 +163,18 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
-def per_row(x: Tensor) -> Described:
-    """x [B, H, L] as [B * H, L]."""
-    length = x.shape[-1]
-    even = -length % 4
-    if even:
-        x = pad(x, (0, even))
-    return Described(x.contiguous(), row_form(x.numel() // (length + even), length + even))
+def prepared(lse: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Described:
+    """lse and delta [B, H, L] in pieces, [B * H, L, PIECES]: see `hopper_prepare.py`."""
+    batch, heads, rows = lse.shape
+    form = form_of_pieces(batch * heads, rows, dtype)
+    pieces = torch.empty(form.shape, dtype=dtype, device=lse.device)
+    total = lse.numel()
+    operands = lse.contiguous(), delta.contiguous(), pieces, scale, total
+    launch(prepare_kernel, lse.device, (-(-total // PREPARED), 1, 1), operands, (), (("BLOCK", PREPARED),))
+    return Described(pieces, form)
 
 
 @cache
-def row_form(rows: int, length: int) -> HopperForm:
-    return HopperForm([rows, length], [length, 1], [1, ROWS], torch.float32)
+def form_of_pieces(heads: int, rows: int, dtype: torch.dtype) -> HopperForm:
+    columns = PIECES.value
+    return HopperForm([heads, rows, columns], [rows * columns, columns, 1], [1, ROWS, columns], dtype)

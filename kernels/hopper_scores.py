@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_tile import LOWEST
 
-__all__ = ["blank", "hide", "shrink", "unpack", "weigh"]
+__all__ = ["blank", "hide", "pack", "shrink", "unpack", "weigh"]
 
 SLACK = 12  # log2 of a partial sum
 
@@ -93,6 +93,13 @@ def pick(b_x, N: gl.constexpr):
 
 
 @gluon.jit
+def pack(b_p, dtype: gl.constexpr):
+    """Numbers as pairs: int32 [R, N / 2]."""
+    b_low, b_high = gl.split(b_p.reshape([b_p.shape[0], b_p.shape[1] // 2, 2]))
+    return gl.inline_asm_elementwise(pack_asm(dtype), "=r,f,f", [b_low, b_high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def unpack(b_pair, dtype: gl.constexpr, OUT: gl.constexpr):
     """Pairs as the left operand of a product: [R, N]. Costs nothing, the registers are the same."""
     b_low = (b_pair & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
@@ -116,6 +123,16 @@ def shrink(b_acc, b_shrink):
         shrink_asm(EACH), tied(EACH) + EACH * ",f", [b_lane, b_by], dtype=gl.float32, is_pure=False, pack=EACH
     )
     return gl.convert_layout(b_lane.reshape([ROWS, BLOCK_E]), OUT, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def to_pair(dtype):
+    return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32"
+
+
+@gluon.constexpr_function
+def pack_asm(dtype):
+    return f"{to_pair(dtype)} $0, $2, $1;"
 
 
 @gluon.constexpr_function
@@ -172,8 +189,7 @@ def weigh_asm(n, dtype, first):
     """Operands: n pairs of P; n results, of which the first are m, the factor and the sum, each of both rows; n lower
     and n higher scores of the pairs; n times m; n times the scale. Rows take turns."""
     pairs, results, lower, higher, m = ([f"${k * n + i}" for i in range(n)] for k in range(5))
-    scale, scores = f"${5 * n}", (lower, higher)
-    to_pair = f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32"
+    scale, scores, convert = f"${5 * n}", (lower, higher), to_pair(dtype)
 
     def each_row(line: str) -> list[str]:
         return [line.format(r=r, m=m[r], new=results[r], factor=results[2 + r], sum=results[4 + r]) for r in BOTH]
@@ -186,7 +202,7 @@ def weigh_asm(n, dtype, first):
                 lines.append(
                     f"fma.rn.f32 p{part}, {of[i]}, {scale}, minus{r}; ex2.approx.ftz.f32 p{part}, p{part}; {add}"
                 )
-            lines.append(f"{condition}{to_pair} {pairs[i]}, p1, p0;")
+            lines.append(f"{condition}{convert} {pairs[i]}, p1, p0;")
         return [*lines, f"add.f32 s{r}0, s{r}0, s{r}1;"]
 
     def over_lanes(x: str) -> list[str]:

@@ -1,11 +1,11 @@
-"""One block of the Hopper backward as a warpgroup computes it: 64 keys by 128 rows, in two steps of 64 rows.
+"""One step of the Hopper backward, 64 rows: what a warpgroup makes of it for its 64 keys, and dQ.
 
-Names as in `hopper_backward.py`. `mask` is (whether the block needs one, runs, the run, where in it the block begins).
-Products are begun and waited for in the order of the lines; a wait for n leaves the last n under way.
+Names as in `hopper_backward.py`. Products are begun and waited for in the order of the lines; a wait for n leaves the
+last n under way.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -18,137 +18,169 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_add import store_spread
-from .hopper_tile import LOG2E, named_sync, product_layout, run_at
+from .hopper_prepare import PIECES, WEIGHT_0, WEIGHT_1, WEIGHT_2
+from .hopper_scores import pack, unpack
+from .hopper_tile import advance, product_layout, run_at
 
-__all__ = ["narrow_block", "wide_block"]
+__all__ = ["key_sums", "put_word", "query_sums", "weights"]
 
 ROWS = gl.constexpr(64)
 
 
 @gluon.jit
-def wide_block(HALF: gl.constexpr, slot, phase, my_k, my_v, s_k, ring, s_ds, adds, b_dk, b_dv, scale, mask):
-    """Head dims up to 128: after each step this warpgroup's half of the columns of dQ.
+def key_sums(HALF: gl.constexpr, steps, keys, ring, slopes, runs, scale_log2):
+    """dK / scale and dV of one half of the tile's keys, from all steps; dS of each goes to shared memory.
 
-    The loop over steps is one that the compiler must not unroll: with addresses for both, registers spill.
+    At head dims over 64, S and dP are accumulated in the same registers, one after the other, and P is kept in fp16
+    meanwhile. The assembler sets 24 registers aside and wants room for every accumulator beside them, or it makes each
+    matrix instruction wait for the one before; with 32 more, too few would be left for dQ. At head dims up to 64 keys
+    and values are in registers too, so that shared memory is read less.
     """
-    s_q, s_do, s_lse, s_delta, full, empty = ring
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(s_q.shape[2]), k_width=2)
-    dtype: gl.constexpr = s_q.dtype
-    for step in tl.range(2, disable_licm=True):
-        mbarrier.wait(full.index(step), phase)
-        b_s, b_dp = before(s_lse.index(step), s_delta.index(step), scale)
-        b_s = warpgroup_mma(my_k, s_q.index(step).permute((1, 0)), b_s, is_async=True)
-        b_dp = warpgroup_mma(my_v, s_do.index(step).permute((1, 0)), b_dp, is_async=True)
-        b_s = warpgroup_mma_wait(1, deps=(b_s,))
-        b_p = hidden(gl.exp2(b_s * (scale * LOG2E)), mask, step * ROWS, HALF)
-        b_dv = warpgroup_mma(gl.convert_layout(b_p.to(dtype), LEFT), s_do.index(step), b_dv, is_async=True)
-        b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+    s_k, s_v, kv_full = keys
+    s_q, s_do, s_pieces, s_weights, s_mask, full, empty = ring
+    s_ds, ds_full, ds_empty = slopes
+    WIDTH: gl.constexpr = s_k.shape[1]
+    dtype: gl.constexpr = s_k.dtype
+    WIDE: gl.constexpr = product_layout(WIDTH)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, WIDE, k_width=2)
+    b_dk = gl.zeros([64, WIDTH], gl.float32, product_layout(WIDTH))
+    b_dv = gl.zeros([64, WIDTH], gl.float32, product_layout(WIDTH))
+    mbarrier.wait(kv_full, 0)
+    my_k, my_v = s_k.slice(HALF * 64, 64), s_v.slice(HALF * 64, 64)
+    ROOM: gl.constexpr = WIDTH == 64  # in registers
+    if ROOM:
+        KEYS_LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(ROWS), k_width=2)
+        my_k, my_v = my_k.load(KEYS_LEFT), my_v.load(KEYS_LEFT)
+    slot, phase = 0, 0
+    for _i_step in tl.range(steps, disable_licm=True):
+        mbarrier.wait(full.index(slot), phase)
+        b_s = start(s_weights.index(0), s_pieces.index(slot).permute((1, 0)))
+        b_s = warpgroup_mma(my_k, s_q.index(slot).permute((1, 0)), b_s, is_async=True)
+        if ROOM:
+            b_dp = start(s_weights.index(1), s_pieces.index(slot).permute((1, 0)))
+            b_dp = warpgroup_mma(my_v, s_do.index(slot).permute((1, 0)), b_dp, is_async=True)
+            b_s = warpgroup_mma_wait(2, deps=(b_s,))
+        else:
+            b_s = warpgroup_mma_wait(0, deps=(b_s,))
+        mask = (runs, s_mask.index(2 * slot), s_mask.index(2 * slot + 1), HALF)
+        if ROOM:
+            b_p = gl.exp2(hidden(b_s, mask) * scale_log2)
+            b_dv = warpgroup_mma(unpack(pack(b_p, dtype), dtype, WIDE), s_do.index(slot), b_dv, is_async=True)
+            b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+        else:
+            b_p = gl.exp2(b_s * scale_log2)
+            b_pair, b_kept = hidden_pairs(pack(b_p, dtype), pack(b_p, gl.float16), mask)
+            b_dp = start_in(b_s, s_weights.index(1), s_pieces.index(slot).permute((1, 0)))
+            b_dp = warpgroup_mma(my_v, s_do.index(slot).permute((1, 0)), b_dp, is_async=True)
+            b_dv = warpgroup_mma(unpack(b_pair, dtype, WIDE), s_do.index(slot), b_dv, is_async=True)
+            b_dp, b_kept = warpgroup_mma_wait(1, deps=(b_dp, b_kept))
+            b_p = gl.convert_layout(unpack(b_kept, gl.float16, WIDE).to(gl.float32), b_dp.type.layout)
         b_ds = (b_p * b_dp).to(dtype)
-        s_ds.index(step).slice(HALF * 64, 64).store(b_ds)
+        mbarrier.wait(ds_empty.index(slot), phase ^ 1)
+        s_ds.index(slot).slice(HALF * 64, 64).store(b_ds)
         fence_async_shared()
-        named_sync(9, 256)
-        b_dq = begin(s_ds.index(step).permute((1, 0)), s_k.slice(HALF * 64, 64, dim=1))
-        b_dk = warpgroup_mma(gl.convert_layout(b_ds, LEFT), s_q.index(step), b_dk, is_async=True)
-        b_dq, b_dv = warpgroup_mma_wait(1, deps=(b_dq, b_dv))
-        hand_over(b_dq * scale, adds, 2 * step + HALF, phase)
-        b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
-        mbarrier.arrive(empty.index(step), count=1)
+        mbarrier.arrive(ds_full.index(slot), count=1)
+        b_dk = warpgroup_mma(gl.convert_layout(b_ds, LEFT), s_q.index(slot), b_dk, is_async=True)
+        b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot, phase = advance(slot, phase, s_q.shape[0])
     return b_dk, b_dv
 
 
 @gluon.jit
-def narrow_block(HALF: gl.constexpr, slot, phase, my_k, my_v, s_k, ring, s_ds, adds, b_dk, b_dv, scale, mask):
-    """Head dims up to 64: both steps at once, then this warpgroup's half of the rows of dQ."""
-    s_q, s_do, s_lse, s_delta, full, empty = ring
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(s_q.shape[2]), k_width=2)
-    dtype: gl.constexpr = s_q.dtype
-    q0, q1, do0, do1 = s_q.index(slot), s_q.index(slot + 1), s_do.index(slot), s_do.index(slot + 1)
-    mbarrier.wait(full.index(slot), phase)
-    b_s0 = begin(my_k, q0.permute((1, 0)))
-    b_dp0 = begin(my_v, do0.permute((1, 0)))
-    mbarrier.wait(full.index(slot + 1), phase)
-    b_s1 = begin(my_k, q1.permute((1, 0)))
-    b_s0 = warpgroup_mma_wait(2, deps=(b_s0,))
-    b_p0 = hidden(weights(b_s0, s_lse.index(slot), scale), mask, 0, HALF)
-    b_dv = warpgroup_mma(gl.convert_layout(b_p0.to(dtype), LEFT), do0, b_dv, is_async=True)
-    b_dp0 = warpgroup_mma_wait(2, deps=(b_dp0,))
-    b_ds0 = slopes(b_p0, b_dp0, s_delta.index(slot), dtype)
-    s_ds.index(slot).slice(HALF * 64, 64).store(b_ds0)
-    b_dp1 = begin(my_v, do1.permute((1, 0)))
-    b_dk = warpgroup_mma(gl.convert_layout(b_ds0, LEFT), q0, b_dk, is_async=True)
-    b_s1 = warpgroup_mma_wait(3, deps=(b_s1,))
-    b_p1 = hidden(weights(b_s1, s_lse.index(slot + 1), scale), mask, ROWS, HALF)
-    b_dv = warpgroup_mma(gl.convert_layout(b_p1.to(dtype), LEFT), do1, b_dv, is_async=True)
-    b_dp1 = warpgroup_mma_wait(2, deps=(b_dp1,))
-    b_ds1 = slopes(b_p1, b_dp1, s_delta.index(slot + 1), dtype)
-    s_ds.index(slot + 1).slice(HALF * 64, 64).store(b_ds1)
-    fence_async_shared()
-    named_sync(9, 256)
-    b_dq = begin(s_ds.index(slot + HALF).permute((1, 0)), s_k)
-    b_dk = warpgroup_mma(gl.convert_layout(b_ds1, LEFT), q1, b_dk, is_async=True)
-    b_dq = warpgroup_mma_wait(1, deps=(b_dq,))
-    hand_over(b_dq * scale, adds, HALF, slot >> 1)
-    b_dk, b_dv = warpgroup_mma_wait(0, deps=(b_dk, b_dv))
-    mbarrier.arrive(empty.index(slot), count=1)
-    mbarrier.arrive(empty.index(slot + 1), count=1)
-    return b_dk, b_dv
+def query_sums(steps, keys, slopes, adds, scale):
+    """dQ of every step, 64 columns at a time, to the warp that adds it."""
+    s_k, _, kv_full = keys
+    s_ds, ds_full, ds_empty = slopes
+    s_dq, dq_full, dq_empty = adds
+    COLUMNS: gl.constexpr = s_k.shape[1] // 64
+    mbarrier.wait(kv_full, 0)
+    slot, phase = 0, 0
+    for _i_step in tl.range(steps, disable_licm=True):
+        mbarrier.wait(ds_full.index(slot), phase)
+        for column in gl.static_range(COLUMNS):
+            part = column if COLUMNS == 2 else slot
+            b_dq = start(s_ds.index(slot).permute((1, 0)), s_k.slice(column * 64, 64, dim=1))
+            b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
+            if column == COLUMNS - 1:
+                mbarrier.arrive(ds_empty.index(slot), count=1)
+            mbarrier.wait(dq_empty.index(part), (slot if COLUMNS == 2 else phase) ^ 1)
+            store_spread(s_dq.index(part), b_dq * scale)
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(part), count=1)
+        slot, phase = advance(slot, phase, s_ds.shape[0])
 
 
 @gluon.jit
-def begin(a, b):
+def start(a, b):
     """A product, under way."""
     M: gl.constexpr = a.shape[0]
     N: gl.constexpr = b.shape[1]
-    return warpgroup_mma(a, b, gl.zeros([M, N], gl.float32, product_layout(N)), use_acc=False, is_async=True)
+    return start_in(gl.zeros([M, N], gl.float32, product_layout(N)), a, b)
 
 
 @gluon.jit
-def before(s_lse, s_delta, scale):
-    """What the products S and dP of a step are added to, -lse / scale and -delta of every row: it costs no registers
-    later on, where they are short. A row that sees nothing has S = inf, which its mask hides."""
-    SCORES: gl.constexpr = product_layout(ROWS)
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
-    zeros = gl.zeros([64, ROWS], gl.float32, SCORES)
-    b_lse = s_lse.load(COLUMNS) * (-1.0 / scale)
-    return zeros + b_lse[None, :], zeros - s_delta.load(COLUMNS)[None, :]
+def start_in(b_old, a, b):
+    """A product, under way, in the registers of one that is not needed any more."""
+    return warpgroup_mma(a, b, b_old, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def weights(b_s, s_lse, scale):
-    """P of one step."""
-    b_lse = s_lse.load(gl.SliceLayout(0, b_s.type.layout)) * LOG2E
-    return gl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])
+def weights(FIRST: gl.constexpr, dtype: gl.constexpr):
+    """[64, PIECES], each row the weights of the pieces that begin at FIRST: see `hopper_prepare.py`."""
+    layout: gl.constexpr = product_layout(PIECES)
+    i_piece = gl.arange(0, PIECES, layout=gl.SliceLayout(0, layout)) - FIRST
+    row = gl.where(i_piece == 2, WEIGHT_2, 0.0)
+    row = gl.where(i_piece == 0, WEIGHT_0, gl.where(i_piece == 1, WEIGHT_1, row))
+    return (gl.zeros([64, PIECES], gl.float32, layout) + row[None, :]).to(dtype)
 
 
 @gluon.jit
-def slopes(b_p, b_dp, s_delta, dtype: gl.constexpr):
-    """dS of one step."""
-    b_delta = s_delta.load(gl.SliceLayout(0, b_dp.type.layout))
-    return (b_p * (b_dp - b_delta[None, :])).to(dtype)
+def hidden(b_s, mask):
+    """S, -inf where it is masked."""
+    runs, s_row, s_run, HALF = mask
+    first = word(s_row)
+    if first >= 0:
+        layout: gl.constexpr = b_s.type.layout
+        row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
+        b_s = gl.where(seen(row, layout, first, runs, s_run, HALF), b_s, float("-inf"))
+    return b_s
 
 
 @gluon.jit
-def hidden(b_p, mask, ROW, HALF: gl.constexpr):
-    """P, zero where it is masked: row t of a run is seen by key u iff t + shift - window < u <= t + shift, which is
-    one comparison for every key, unsigned."""
-    masked, runs, i_run, j = mask
-    if masked:
-        _, length, _, _, shift, low, high, window = run_at(runs, i_run)
-        key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, b_p.type.layout))
-        first_row = gl.maximum(key - shift, low >> 16)  # rows before that are of no segment
-        end = gl.minimum(length, key - shift + window)
-        span = gl.where((key >= (low & 0xFFFF)) & (key < high), gl.maximum(end - first_row, 0), 0)
-        first_row -= j + ROW
-        row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, b_p.type.layout))
-        b_p = gl.where((row[None, :] - first_row[:, None]).to(gl.uint32) < span.to(gl.uint32)[:, None], b_p, 0.0)
-    return b_p
+def hidden_pairs(b_pair, b_kept, mask):
+    """Pairs of P in two forms, int32 [64, ROWS / 2], zero where they are masked."""
+    runs, s_row, s_run, HALF = mask
+    first = word(s_row)
+    if first >= 0:
+        layout: gl.constexpr = b_pair.type.layout
+        row = 2 * gl.arange(0, ROWS // 2, layout=gl.SliceLayout(0, layout))
+        bits = gl.where(seen(row, layout, first, runs, s_run, HALF), 0xFFFF, 0)
+        bits |= gl.where(seen(row + 1, layout, first, runs, s_run, HALF), -0x10000, 0)
+        b_pair &= bits
+        b_kept &= bits
+    return b_pair, b_kept
 
 
 @gluon.jit
-def hand_over(b_dq, adds, part, phase):
-    """A part of dQ of a block to the warp that adds it."""
-    s_dq, dq_full, dq_empty = adds
-    mbarrier.wait(dq_empty.index(part), phase ^ 1)
-    store_spread(s_dq.index(part), b_dq)
-    fence_async_shared()
-    mbarrier.arrive(dq_full.index(part), count=1)
+def seen(row, layout: gl.constexpr, first, runs, s_run, HALF: gl.constexpr):
+    """Which keys see which rows, counted from `first` of a run: row t is seen by key u iff t + shift - window < u <=
+    t + shift, which is one comparison for every key, unsigned."""
+    _, length, _, _, shift, low, high, window = run_at(runs, word(s_run))
+    key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    first_row = key - shift - first
+    end = gl.maximum(length - first - first_row, 0)
+    span = gl.where((key >= low) & (key < high), gl.minimum(end, window), 0)
+    return (row[None, :] - first_row[:, None]).to(gl.uint32) < span.to(gl.uint32)[:, None]
+
+
+@gluon.jit
+def word(s_x):
+    """A number from shared memory, the same for all threads of a warpgroup."""
+    return gl.sum(s_x.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def put_word(s_x, x):
+    """A number to shared memory, by one warp."""
+    s_x.store(gl.full([1], x, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))

@@ -25,10 +25,7 @@ import torch
 
 from .segments import NO_WINDOW, Segments, canonical_table
 
-__all__ = ["UPPER", "Work", "key_tiles", "query_tiles", "to_device"]
-
-
-UPPER = 1 << 16  # unit of the upper half of an integer
+__all__ = ["Work", "key_tiles", "query_tiles", "to_device"]
 
 
 class Work(NamedTuple):
@@ -36,9 +33,9 @@ class Work(NamedTuple):
 
     tiles [T, 3] int32: the tile's first row (or key), its first run, the end of its runs.
     runs [N, 8] int32: start, length, head, tail, shift, low, high, window. The run walks the keys (or rows) start ..
-        start + length in blocks, and only rows (or keys) low .. high of the tile take part (low: see `key_tiles`). Row
-        t sees key u iff t + shift - window < u <= t + shift, whichever of the two belongs to the tile. Blocks from
-        head to tail are full ones that the whole tile sees.
+        start + length in blocks, and only rows (or keys) low .. high of the tile take part. Row t sees key u iff
+        t + shift - window < u <= t + shift, whichever of the two belongs to the tile. Blocks from head to tail are
+        full ones that the whole tile sees.
     """
 
     tiles: torch.Tensor
@@ -85,11 +82,8 @@ def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int)
     return assemble(tile, runs, rows, block_rows, block_keys)
 
 
-def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int, align: int = 1) -> Work:
+def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -> Work:
     """The work of one tile for every `block_keys` of `keys` keys; runs walk rows, in blocks of `block_rows`.
-
-    Runs begin at multiples of `align` rows. Rows before a segment's first one are as many as the upper half of `low`
-    says, and the first block is masked then.
 
     Example:
         >>> work = key_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 12, 4, 4)
@@ -97,21 +91,16 @@ def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int, a
         [[0, 0, 1], [4, 1, 2], [8, 2, 3]]
         >>> work.runs[:, :7].tolist()
         [[0, 8, 0, 8, 4, 0, 4], [0, 8, 4, 8, 0, 0, 4], [4, 4, 4, 4, 0, 0, 4]]
-        >>> work = key_tiles(Segments([Segment(6, 8, 0, 4, 4)]), 4, 4, 4, align=4)
-        >>> work.runs[:, :7].tolist(), 2 * UPPER
-        ([[4, 10, 4, 8, 1, 131072, 4]], 131072)
     """
     q_start, q_len, k_start, k_len, offset, window = canonical_table(segments.table)[0].T
     segment, tile, first, low, high = cross(k_start, k_len, block_keys)
     shift, window = offset[segment] - (first - k_start[segment]), window[segment]
     from_first, from_last = (np.maximum(key - shift, 0) for key in (low, high - 1))
     to_first, to_last = (np.minimum(key - shift + window, q_len[segment]) for key in (low, high - 1))
-    skipped = (q_start[segment] + from_first) % align
-    begin = from_first - skipped
     covered = (low == 0) & (high == np.minimum(block_keys, keys - first))
-    head, tail = middle(from_last - begin, to_first - begin, covered, block_rows)
-    start, length = q_start[segment] + begin, to_last - begin
-    runs = start, length, head, tail, shift + begin, low + UPPER * skipped, high, window
+    head, tail = middle(from_last - from_first, to_first - from_first, covered, block_rows)
+    start, length = q_start[segment] + from_first, to_last - from_first
+    runs = start, length, head, tail, shift + from_first, low, high, window
     return assemble(tile, runs, keys, block_keys, block_rows)
 
 

@@ -86,7 +86,7 @@ def test_every_piece_queues_once(seed):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_starts_last_is_short(rank):
-    work = key_tiles(documents(rank), 16384, 128, 128, align=4)
+    work = key_tiles(documents(rank), 16384, 128, 128)
     work = work._replace(tiles=work.tiles[: work.busy])
     pieces = queue(work, 128, work.busy, 8, 2, PROGRAMS).numpy()
     length = dict(zip(work.tiles[:, 0].tolist(), (work.blocks(128) + BEGINNING).tolist(), strict=True))

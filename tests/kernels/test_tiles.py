@@ -8,27 +8,22 @@ import torch
 
 from ringattn.kernels.reference import visible_pairs
 from ringattn.kernels.segments import Segment, Segments
-from ringattn.kernels.tiles import UPPER, Work, key_tiles, query_tiles
+from ringattn.kernels.tiles import Work, key_tiles, query_tiles
 from tests.kernels.test_kernels import cut
 
 
-def times_seen(
-    work: Work, rows: int, keys: int, of_queries: bool, block: int, step: int, align: int = 1
-) -> torch.Tensor:
+def times_seen(work: Work, rows: int, keys: int, of_queries: bool, block: int, step: int) -> torch.Tensor:
     """How often each pair is computed, int [rows, keys]."""
     seen = torch.zeros(rows, keys, dtype=torch.int)
     tile_axis = seen if of_queries else seen.T  # [along tiles, along runs]
     for number, (first, begin, end) in enumerate(work.tiles.tolist()):
         assert (end > begin) == (number < work.busy)
         for start, length, head, tail, shift, low, high, window in work.runs[begin:end].tolist():
-            skipped, low = divmod(low, UPPER)
-            assert start % align == 0
-            assert skipped < min(align, length)
             assert head % step == tail % step == 0
             assert head <= tail <= max(head, length)
             t, u = torch.arange(low, high)[:, None], torch.arange(length)[None, :]
             back = t + shift - u if of_queries else u + shift - t
-            visible = (back >= 0) & (back < window) & (u >= skipped)
+            visible = (back >= 0) & (back < window)
             if head < tail:  # blocks without a mask: every row and key of the tile
                 assert (low, first + high) == (0, min(first + block, len(tile_axis)))
                 assert visible[:, head:tail].all()
@@ -44,9 +39,7 @@ def test_every_visible_pair_is_computed_once(seed):
     segments = cut(rows, keys, draw)
     visible = visible_pairs(segments, rows, keys).int()
     assert torch.equal(times_seen(query_tiles(segments, rows, block, step), rows, keys, True, block, step), visible)
-    for align in (1, 4):
-        work = key_tiles(segments, keys, block, step, align)
-        assert torch.equal(times_seen(work, rows, keys, False, block, step, align), visible)
+    assert torch.equal(times_seen(key_tiles(segments, keys, block, step), rows, keys, False, block, step), visible)
 
 
 def test_only_the_diagonal_of_an_aligned_mask_is_masked():
