@@ -10,7 +10,8 @@ has tiles of 96 to 128 blocks and then of 1 to 32.
 
 Where every piece has a program of its own (`queue`), the GPU starts the next one where one has ended. A section that
 begins with long pieces when the others are nearly done holds up the end, with packed documents by a tenth of the time.
-So the short pieces of all sections wait until all long ones have started.
+There the short pieces of all sections wait until all long ones have started. Elsewhere they do not, because then all
+heads are walked at the end, which the L2 cache does not hold.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .tiles import Work, query_tiles, to_device
 __all__ = ["Dealt", "deal", "dealt_tiles", "queue"]
 
 BEGINNING = 1.5  # what a tile takes besides its blocks, in blocks
+LONGER = 1.03  # how much longer one order may take than another that uses the L2 cache less well
 
 
 class Dealt(NamedTuple):
@@ -89,8 +91,9 @@ def queue(work: Work, step: int, tiles: int, heads: int, side: int, programs: in
     """The first so many tiles of `work`, in blocks of `step`, for all heads, in the order in which their programs start
     where so many run at once; columns as in `Dealt.pieces`: int32 [tiles * heads, 4].
 
-    Short pieces are as many as fill half of the time that the longest one takes. For one head, tiles start in their
-    order, in which they may wait for each other (`turns.py`).
+    Section by section, unless that takes LONGER than to leave the short pieces of all sections to the end: as many as
+    fill half of the time that the longest one takes. For one head, tiles start in their order, in which they may wait
+    for each other (`turns.py`).
 
     Example (tiles of 1, 2 and 3 blocks, two heads that do not share the cache):
         >>> from .segments import Segment, Segments
@@ -101,11 +104,24 @@ def queue(work: Work, step: int, tiles: int, heads: int, side: int, programs: in
     length = work.blocks(step)[:tiles] + BEGINNING
     left = heads * np.cumsum(length[::-1])[::-1]  # from each tile on
     long = int(np.count_nonzero(2 * left > programs * length.max(initial=0)))
-    tile, head = (
-        np.concatenate(parts)
-        for parts in zip(sections(0, long, heads, side), sections(long, tiles, heads, heads), strict=True)
-    )
+    tile, head = sections(0, tiles, heads, side)
+    late = np.concatenate((sections(0, long, heads, side), sections(long, tiles, heads, heads)), 1)
+    if end(length[tile], programs) > LONGER * end(length[late[0]], programs):
+        tile, head = late
     return torch.from_numpy(np.column_stack((head, work.tiles.numpy()[tile])).astype(np.int32))
+
+
+def end(lengths: np.ndarray, programs: int) -> float:
+    """When pieces of such lengths are done, each begun by whoever is done first.
+
+    Example:
+        >>> end(np.array([4.0, 2.0, 1.0, 3.0]), 2)
+        6.0
+    """
+    done = [0.0] * programs
+    for length in lengths.tolist():
+        heapreplace(done, done[0] + length)
+    return max(done)
 
 
 def sections(first: int, end: int, heads: int, side: int) -> tuple[np.ndarray, np.ndarray]:
