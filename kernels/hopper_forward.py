@@ -15,7 +15,7 @@ Names as in `triton_forward`; smem: buffers in shared memory; full, empty: their
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import triton.language as tl
 from triton.experimental import gluon

@@ -159,13 +159,18 @@ class Contest:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # a worker may need it
 
+    def turns(self) -> list[tuple[str, str]]:
+        """Who is timed at what. A deterministic way is one of the backward: its forward is the same."""
+        turns = product(self.running, self.settings.passes)
+        return [(name, which) for name, which in turns if which != "forward" or not name.endswith("-deterministic")]
+
     def take_turns(self, deadline: Deadline) -> list[dict[str, Any]]:
         """Times everybody, in another order each round, until all rounds are over or the deadline is."""
         times: dict[tuple[str, str], list[float]] = {}
         memory: dict[tuple[str, str], float | None] = {}
         order = random.Random(self.settings.seed)
         for _ in range(self.settings.rounds):
-            turns = [(name, which) for name in self.running for which in self.settings.passes]
+            turns = self.turns()
             order.shuffle(turns)
             for name, which in turns:
                 if name not in self.running or deadline.passed():
@@ -176,7 +181,7 @@ class Contest:
                     samples, memory[name, which] = answer
                     times.setdefault((name, which), []).extend(samples)
         rows = []
-        for name, which in product(self.running, self.settings.passes):
+        for name, which in self.turns():
             if (name, which) in times:
                 rows.append(row(self.case, name, which, times[name, which], memory[name, which]))
             else:
