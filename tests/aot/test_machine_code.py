@@ -35,6 +35,13 @@ REGISTERS = 1 << 16  # of a multiprocessor
 BARE = ("await_kernel", "delta_kernel", "rounding_kernel", "prepare_kernel")  # nothing is multiplied
 KERNELS = (*BARE[:3], "forward_kernel", "key_gradients_kernel", "query_gradients_kernel")
 HOPPER = ("hopper_forward_kernel", "prepare_kernel", "hopper_backward_kernel")
+# Releases newer than the one that they were measured with keep in memory what lanes are called, from the start of the
+# kernel on; in the backward only where sums are ordered.
+SPILL_A_LITTLE = {
+    ("hopper_forward_kernel", "3.9"),
+    ("hopper_backward_kernel", "3.7"),
+    ("hopper_backward_kernel", "3.9"),
+}
 
 
 class Target(NamedTuple):
@@ -91,13 +98,13 @@ def test_shipped_tilings(reports, release: str, architecture: str):
             assert line["overwritten"] == [], f"{name}: registers overwritten that matrix instructions read"
         if line["kernel"] == "hopper_forward_kernel":
             assert line["maxima_first"] == 0, f"{name}: exponentials wait for maxima"
-        if line["kernel"] == "hopper_forward_kernel" and line["triton"].startswith("3.9"):
-            # It keeps what lanes are called in memory, from the start of the kernel: read once a tile.
+        if (line["kernel"], line["triton"][:3]) in SPILL_A_LITTLE:
             assert line["stack"] <= 32, f"{name}: {line['stack']} bytes of registers spilled"
-            assert line["spills_in_loops"] == 0, f"{name}: spills in the loop"
         else:
             assert line["stack"] == 0, f"{name}: {line['stack']} bytes of registers spilled"
             assert not {"LDL", "STL"} & opcodes.keys(), f"{name}: spills"
+        if line["kernel"] == "hopper_forward_kernel":
+            assert line["spills_in_loops"] == 0, f"{name}: spills in the loop"
         if line["kernel"] == "await_kernel":
             assert line["looks"], f"{name}: it never looks"
             assert all(".sys" in look for look in line["looks"]), f"{name}: what other GPUs write may not be seen"
