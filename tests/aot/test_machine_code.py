@@ -114,7 +114,7 @@ def test_shipped_tilings(reports, release: str, architecture: str):
         assert opcodes.get(target.copy, 0) > 0, f"{name}: no {target.copy}"
         assert line["shared"] <= target.shared, f"{name}: {line['shared']} bytes of shared memory"
         alone = line["registers"] * line["warps"] * 32 > REGISTERS / 2 or line["shared"] > target.shared / 2
-        # Where nobody else multiplies meanwhile. More waits than instructions: the assembler gave up on overlapping them.
+        # Where nobody else multiplies meanwhile. More waits than instructions: the assembler gave up overlapping them.
         if architecture == "sm_90" and alone:
             assert opcodes["HGMMA"] > opcodes["WARPGROUP"], f"{name}: matrix instructions are serialised"
 
