@@ -7,6 +7,7 @@ segments; the keys come piece by piece, results merge, gradients add up, and fre
 
 from __future__ import annotations
 
+import fcntl
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -243,6 +244,16 @@ def test_bit_equal_from_run_to_run(kernel: Kernel, model: Model, deterministic: 
             assert all(torch.equal(again[name], x) for name, x in first.items() if name not in any_order)
 
 
+@pytest.fixture
+def most_of_the_memory(tmp_path_factory) -> Iterator[None]:
+    """One test at a time: workers of `pytest -n` share the folder above their own."""
+    with (tmp_path_factory.getbasetemp().parent / "memory.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("most_of_the_memory")
 @pytest.mark.parametrize("copies_of", ["queries", "keys"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_more_than_two_to_the_31_elements(kernel: Kernel, copies_of: str):
