@@ -51,6 +51,21 @@ class Dealt(NamedTuple):
         return self._replace(pieces=to_device(self.pieces, device), runs=to_device(self.runs, device))
 
 
+def hand_out(lengths: np.ndarray, programs: int) -> tuple[list[int], float]:
+    """Who gets each of some pieces, one after the other given to whoever is done first, and when the last is done.
+
+    Example:
+        >>> hand_out(np.array([4.0, 2.0, 1.0, 3.0]), 2)
+        ([0, 1, 1, 1], 6.0)
+    """
+    owners, done = [], [(0.0, program) for program in range(programs)]
+    for length in lengths.tolist():
+        at, program = done[0]
+        owners.append(program)
+        heapreplace(done, (at + length, program))
+    return owners, max(done, default=(0.0, 0))[0]
+
+
 def deal(blocks: np.ndarray, heads: int, side: int, programs: int) -> list[list[tuple[int, int]]]:
     """The pieces (head, tile) of each program, in its order: tiles of so many blocks, longest first, for every head, in
     sections of `side` heads.
@@ -60,14 +75,10 @@ def deal(blocks: np.ndarray, heads: int, side: int, programs: int) -> list[list[
         [[(0, 0)], [(1, 0)], [(0, 1), (1, 1), (0, 2), (1, 2)]]
     """
     hands: list[list[tuple[int, int]]] = [[] for _ in range(programs)]
-    queue = [(0.0, program) for program in range(programs)]  # when each is done
-    lengths = [(tile, length + BEGINNING) for tile, length in enumerate(blocks.tolist())]
-    for section in range(0, heads, side):
-        for tile, length in lengths:
-            for head in range(section, section + side):
-                done, program = queue[0]
-                hands[program].append((head, tile))
-                heapreplace(queue, (done + length, program))
+    tile, head = sections(0, len(blocks), heads, side)
+    owners, _ = hand_out(blocks[tile] + BEGINNING, programs)
+    for program, piece in zip(owners, zip(head.tolist(), tile.tolist(), strict=True), strict=True):
+        hands[program].append(piece)
     return hands
 
 
@@ -106,22 +117,9 @@ def queue(work: Work, step: int, tiles: int, heads: int, side: int, programs: in
     long = int(np.count_nonzero(2 * left > programs * length.max(initial=0)))
     tile, head = sections(0, tiles, heads, side)
     late = np.concatenate((sections(0, long, heads, side), sections(long, tiles, heads, heads)), 1)
-    if end(length[tile], programs) > LONGER * end(length[late[0]], programs):
+    if hand_out(length[tile], programs)[1] > LONGER * hand_out(length[late[0]], programs)[1]:
         tile, head = late
     return torch.from_numpy(np.column_stack((head, work.tiles.numpy()[tile])).astype(np.int32))
-
-
-def end(lengths: np.ndarray, programs: int) -> float:
-    """When pieces of such lengths are done, each begun by whoever is done first.
-
-    Example:
-        >>> end(np.array([4.0, 2.0, 1.0, 3.0]), 2)
-        6.0
-    """
-    done = [0.0] * programs
-    for length in lengths.tolist():
-        heapreplace(done, done[0] + length)
-    return max(done)
 
 
 def sections(first: int, end: int, heads: int, side: int) -> tuple[np.ndarray, np.ndarray]:

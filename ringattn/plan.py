@@ -73,12 +73,15 @@ class Plan:
             >>> [segment[2:4] for segment in make_plan("contiguous", 8, 2, causal=True).gathered_segments(rank=1)]
             [(0, 4), (4, 4)]
         """
-        parts = []
-        shift = 0
-        for source, length in enumerate(self.layout.lengths):
-            parts.append(self.segments(rank, source).table + np.array([0, 0, shift, 0, 0, 0]))
-            shift += length
-        return Segments(np.concatenate(parts))
+
+        def build() -> Segments:
+            parts, shift = [], 0
+            for source, length in enumerate(self.layout.lengths):
+                parts.append(self.segments(rank, source).table + np.array([0, 0, shift, 0, 0, 0]))
+                shift += length
+            return Segments(np.concatenate(parts))
+
+        return self.derive(("gathered segments", rank), build)
 
     def derive(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` makes of this plan, made once per `key`: an executor's own view of it outlives a call."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -36,7 +35,6 @@ __all__ = [
     "Share",
     "busiest",
     "cut",
-    "gathered_segments",
     "ours_across",
 ]
 
@@ -142,12 +140,6 @@ def ours_across() -> list[Across]:
     return [OursAcross(*way) for way in product(KERNELS, NAMED_EXECUTORS, LAYOUTS)]
 
 
-@lru_cache(maxsize=64)  # a kernel keeps what it makes of a list with the list
-def gathered_segments(plan: Plan, rank: int) -> Segments:
-    """What a rank sees of all keys, laid end to end in rank order."""
-    return plan.gathered_segments(rank)
-
-
 def busiest(local: Local, case: Case, ranks: int) -> float:
     """The busiest rank's share of all pairs."""
     if local.layout is None:
@@ -167,7 +159,7 @@ class Share(Ours):
         return make_plan(self.layout, case.seq_len, self.ranks, **case.mask)
 
     def segments(self, case: Case) -> Segments:
-        return gathered_segments(self.plan(case), self.rank)
+        return self.plan(case).gathered_segments(self.rank)
 
     def prepare(self, x: Inputs, case: Case) -> Inputs:
         """Only the queries are cut. Which keys stand where makes no difference to the time."""

@@ -19,7 +19,7 @@ from ringattn.kernels.registry import KERNELS
 from ringattn.plan import make_plan
 
 from ..oracle import Case, Inputs
-from .across import Across, Local, gathered_segments
+from .across import Across, Local
 from .peers import backends
 
 __all__ = ["AllGather", "Ulysses"]
@@ -87,7 +87,7 @@ class GatheredAttention(torch.autograd.Function):
         gathered = mine.new_empty(ranks * 2, *k.shape)
         dist.all_gather_into_tensor(gathered, mine)
         k, v = gathered.unflatten(0, (ranks, 2)).movedim(0, 2).flatten(2, 3)  # [B, S, G, D], rank by rank
-        segments = gathered_segments(make_plan(layout, case.seq_len, ranks, **case.mask), rank)
+        segments = make_plan(layout, case.seq_len, ranks, **case.mask).gathered_segments(rank)
         how = {"scale": case.head_dim**-0.5}
         out, lse = KERNELS[kernel].forward(q, k, v, segments, **how, out_dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)

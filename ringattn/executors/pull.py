@@ -108,14 +108,13 @@ class Map:
     all sources: a tile of queries needs all sources' keys, but of one head, before it is done.
     """
 
-    def __init__(self, call: Call, symmetric: Symmetric, k: Tensor, v: Tensor, gradients: bool):
+    def __init__(self, call: Call, symmetric: Symmetric, k: Tensor, v: Tensor, gradients: bool, slot: int | None):
         plan, rank = call.plan, call.rank
         self.generation = symmetric.generation
         self.turn = symmetric.calls % 2
         self.call, self.symmetric, self.like = call, symmetric, (k, v)
-        self.slot = slot_of(plan) if call.schedule.flags and not gradients else None
-        self.groups = call.schedule.head_groups if self.slot is not None else 1
-        axis = remote_axis(plan, rank, self.slot)
+        self.slot, self.groups = slot, call.schedule.head_groups if slot is not None else 1
+        axis = remote_axis(plan, rank, slot)
         self.segments, self.poison = axis.segments, symmetric.region(rank, self.turn)
         self.k, self.v = self.keys(rank)
         self.gaps = self.between(axis)
@@ -212,7 +211,7 @@ def map_of(call: Call, k: Tensor, v: Tensor, gradients: bool) -> Map:
     if found is None or found.generation != symmetric.generation:
         slot = slot_of(call.plan) if call.schedule.flags and not gradients else None
         symmetric.reserve(region_sizes(call.plan, k, v, gradients, slot))
-        found = call.derived[name] = Map(call, symmetric, k, v, gradients)
+        found = call.derived[name] = Map(call, symmetric, k, v, gradients, slot)
     return found
 
 

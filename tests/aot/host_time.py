@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
@@ -29,6 +28,7 @@ import ringattn
 from ringattn.kernels import hopper_forward_launch, triton_launch
 from ringattn.kernels.hopper import HopperKernel
 from ringattn.kernels.segments import Segment, Segments
+from tests.aot.report import NamedTarget
 
 ROWS = 8
 NOTHING = """
@@ -48,21 +48,12 @@ ALSO = (
 )
 
 
-class Idle:
-    """A driver for a Hopper GPU that is not there."""
+class Idle(NamedTarget):
+    """A driver for a Hopper GPU that is not there, which launches."""
 
     def __init__(self) -> None:
-        self.target = GPUTarget("cuda", 90, 32)
+        super().__init__(90)
         self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
 
 
 def idle_driver(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Jobs for gangs under test."""
+"""Jobs for gangs under test, and a deadline."""
 
 import os
 import signal
@@ -27,3 +27,14 @@ def fail(config: DictConfig, folder: Path, place: Place) -> dict[str, Any]:
 def describe(config: DictConfig, folder: Path, place: Place) -> dict[str, Any]:
     """What a rank finds: its config, its gang."""
     return {"key": config.key, "size": place.size, "device": str(place.device), "distributed": dist.is_initialized()}
+
+
+class Soon:
+    """A deadline that passes when it has been asked twice: before the case, and before the first turn."""
+
+    def __init__(self, seconds):
+        self.asked = 0
+
+    def passed(self):
+        self.asked += 1
+        return self.asked > 2

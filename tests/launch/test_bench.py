@@ -12,6 +12,7 @@ from ringattn.launch.benchmarks import implementations, kernel, local, masks, tr
 from ringattn.launch.benchmarks.cases import PASSES, describe, named_case, tera_operations
 from ringattn.launch.benchmarks.truth import Truth, one_head
 from ringattn.launch.oracle import Case, Result, attend_on_one_rank, make_inputs
+from tests.launch.jobs import Soon
 
 CPU = torch.device("cpu")
 TOY = "2/4:2/16/100/causal"
@@ -111,16 +112,6 @@ def test_nothing_is_begun_after_the_deadline(capsys):
 
 
 def test_what_was_measured_before_the_deadline_is_kept(capsys, monkeypatch):
-    class Soon:
-        """Passes when it was asked twice: before the case, and before the first turn."""
-
-        def __init__(self, seconds):
-            self.asked = 0
-
-        def passed(self):
-            self.asked += 1
-            return self.asked > 2
-
     monkeypatch.setattr(kernel, "Deadline", Soon)
     (record,) = measure(implementations.Ours("aten"), passes=["forward", "backward"])
     (missing,) = {"forward", "backward"} - {record["pass"]}

@@ -21,6 +21,7 @@ from ringattn.launch.benchmarks.workers import Failed
 from ringattn.launch.gang import Place
 from ringattn.launch.records import read_records
 from tests.gang import run_ranks
+from tests.launch.jobs import Soon
 from tests.launch.test_bench import FIELDS
 
 RESULT = FIELDS - {"min_ms", "max_ms"}
@@ -93,17 +94,6 @@ class Contest(scaling.ScalingBench):
 
     def chosen(self, device):
         return [*map(Odd, REASONS), *super().chosen(device)]
-
-
-class Soon:
-    """A deadline that passes when it has been asked twice: before the case, and before the first turn."""
-
-    def __init__(self, seconds):
-        self.asked = 0
-
-    def passed(self):
-        self.asked += 1
-        return self.asked > 2
 
 
 def hurried(settings, place):

@@ -5,7 +5,7 @@ import torch
 
 from ringattn.kernels.registry import KERNELS
 from ringattn.launch.benchmarks import ranks, scaling
-from ringattn.launch.benchmarks.across import OursAcross, Share, busiest, cut, gathered_segments
+from ringattn.launch.benchmarks.across import OursAcross, Share, busiest, cut
 from ringattn.launch.benchmarks.baselines import AllGather, Ulysses
 from ringattn.launch.benchmarks.cases import named_case
 from ringattn.launch.benchmarks.contest import over_ranks
@@ -59,7 +59,7 @@ def test_a_share_of_the_work_is_what_the_ring_computes(layout):
     right = attend_on_one_rank(KERNELS["reference"], case, inputs)
     order = torch.cat([plan.layout.positions(rank) for rank in range(3)])
     for rank in range(3):
-        assert sum(segment.pairs for segment in gathered_segments(plan, rank)) == plan.pairs(rank)
+        assert sum(segment.pairs for segment in plan.gathered_segments(rank)) == plan.pairs(rank)
         share = Share(OursAcross("reference", "ring", layout).local, rank, 3)
         x = share.prepare(inputs, case)
         x = Inputs(x.q, inputs.k[:, order], inputs.v[:, order], x.dout)

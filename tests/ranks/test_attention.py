@@ -23,13 +23,17 @@ CASES = list(itertools.product(LAYOUTS, [(4, 4), (4, 1), (8, 2)], (True, False),
 
 def check_cases(rank: int, cases: list, device: str = "cpu", executor: str = "auto") -> None:
     for layout, (q_heads, kv_heads), causal, seq_len, batch, dtype in cases:
-        case = Case(seq_len, batch, q_heads, kv_heads, 16, causal, dtype)
-        inputs = make_inputs(case, seq_len, device)
-        cp = ringattn.ContextParallel(layout=layout, executor=executor)
-        got = attend_across_ranks(cp, case, inputs)
-        if rank == 0:
-            kernel = choose_kernel(cp.kernel, *inputs[:3]).kernel
-            assert_close(got, exact(case, inputs), attend_on_one_rank(kernel, case, inputs))
+        check_case(rank, Case(seq_len, batch, q_heads, kv_heads, 16, causal, dtype), layout, device, executor)
+
+
+def check_case(rank: int, case: Case, layout: str, device: str, executor: str) -> None:
+    """Output and gradients against fp64, on rank 0."""
+    inputs = make_inputs(case, case.seq_len, device)
+    cp = ringattn.ContextParallel(layout=layout, executor=executor)
+    got = attend_across_ranks(cp, case, inputs)
+    if rank == 0:
+        kernel = choose_kernel(cp.kernel, *inputs[:3]).kernel
+        assert_close(got, exact(case, inputs), attend_on_one_rank(kernel, case, inputs))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])

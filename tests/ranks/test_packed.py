@@ -11,15 +11,14 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
-from ringattn.kernels.registry import choose_kernel
-from ringattn.launch.oracle import Case, attend_across_ranks, attend_on_one_rank, exact, make_inputs
+from ringattn.launch.oracle import Case
 from ringattn.launch.packing import log_normal_lengths
 from ringattn.layout import LAYOUTS
 from ringattn.mask import Mask
 from ringattn.ranks import group_name, ranks_named
 from tests.dense import dense_attention, visible
 from tests.gang import run_ranks
-from tests.tolerance import assert_close
+from tests.ranks.test_attention import check_case
 
 MASKS = ({"window": 1}, {"window": 40}, {"documents": 7}, {"documents": 100})
 DTYPES = (torch.float32, torch.bfloat16)
@@ -32,12 +31,7 @@ def check_cases(rank: int, cases: list, device: str = "cpu", executor: str = "au
         if "documents" in mask:
             lengths = log_normal_lengths(np.random.default_rng(seq_len), seq_len, mask["documents"], seq_len, 1.0)
             case = case._replace(documents=(0, *np.cumsum(lengths).tolist()))
-        inputs = make_inputs(case, seq_len, device)
-        cp = ringattn.ContextParallel(layout=layout, executor=executor)
-        got = attend_across_ranks(cp, case, inputs)
-        if rank == 0:
-            kernel = choose_kernel(cp.kernel, *inputs[:3]).kernel
-            assert_close(got, exact(case, inputs), attend_on_one_rank(kernel, case, inputs))
+        check_case(rank, case, layout, device, executor)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
