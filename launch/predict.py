@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 
-from ringattn.cost import KERNEL_RATES, Workload, choose_executor
+from ringattn.cost import Workload, choose_executor
 from ringattn.plan import make_plan
+from ringattn.rates import KERNEL_RATES
 
 __all__ = ["main"]
 
