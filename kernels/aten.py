@@ -139,7 +139,7 @@ class AtenKernel:
             merge_(out[:, piece.rows], lse[:, :, piece.rows], piece.turned(part), piece.turned(part_lse, 2))
         return out.to(out_dtype or out.dtype), lse
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None):
         dq, dk, dv = (
             torch.zeros_like(x, dtype=accumulate_dtype(x), memory_format=torch.contiguous_format) if dx is None else dx
             for x, dx in ((q, dq), (k, dk), (v, dv))

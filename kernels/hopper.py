@@ -59,9 +59,9 @@ class HopperKernel(TritonKernel):
         launch = module("hopper_forward_launch")
         return launch.forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None):
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
         launch = module("hopper_backward_launch")
-        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told)
+        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told, out_dtype)

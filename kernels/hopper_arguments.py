@@ -15,7 +15,7 @@ from .triton_arguments import Form, block_width, describe
 __all__ = ["NARROWEST", "Described", "HopperForm", "described", "processors"]
 
 NARROWEST = 64  # columns of a block, 128 bytes: narrower ones would be copied no faster
-TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32, torch.int32: gl.int32}
 
 
 class HopperForm(Form):

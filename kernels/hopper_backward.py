@@ -28,29 +28,29 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .hopper_add import await_turn, reduce_add, reduced, viewed, write
 from .hopper_prepare import DELTA, PIECES
-from .hopper_steps import key_sums, put_word, query_sums, weights
-from .hopper_tile import fetch, named_sync, run_at
+from .hopper_steps import key_sums, query_sums, weights
+from .hopper_tile import advance, fetch, run_at
+from .hopper_walk import BLOCK, ROWS, block_at, place, steps_of, visit
 
 __all__ = ["hopper_backward_kernel"]
 
 KEYS = gl.constexpr(128)  # of a tile
-ROWS = gl.constexpr(64)  # of a step
-BLOCK = gl.constexpr(128)  # rows of a block, two steps
-SLOTS = gl.constexpr(2)  # for steps, for dS and for parts of dQ
+PARTS = gl.constexpr(2)  # of dQ on their way
 
 
 @gluon.jit(do_not_specialize=["CELLS"])
 def hopper_backward_kernel(
-    q, k, v, dout, pieces, dq, dk, dv, order, runs, visits, turns, counters, scale, scale_log2, CELLS,
+    q, k, v, dout, pieces, places, walks, dq, dk, dv, order, runs, visits, turns, counters, scale, scale_log2, CELLS,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `order`, stored or added, and dQ added to a sum.
 
-    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D], pieces of [B * H, L, PIECES] (`hopper_prepare.py`). A
-    program takes SHARE of the GROUP query heads of a key/value head. ORDERED: adds to dQ wait for their turn
-    (`turns.py`).
+    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D], pieces of [B * H, L, PIECES] (`hopper_prepare.py`),
+    places of lines -ROWS, 0, ROWS, 2 ROWS, ..., and walks of the lines of `runs`. A program takes SHARE of the GROUP
+    query heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
+    SLOTS: gl.constexpr = 4 if WIDTH == 64 else 2  # for steps of rows and for their dS
     dtype: gl.constexpr = k.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, WIDTH], dtype)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], dtype)
@@ -63,22 +63,26 @@ def hopper_backward_kernel(
     s_do = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, WIDTH], tile)
     s_pieces = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, PIECES], narrow)
     s_weights = gl.allocate_shared_memory(dtype, [2, ROWS, PIECES], narrow)
-    s_mask = gl.allocate_shared_memory(gl.int32, [2 * SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    s_place = gl.allocate_shared_memory(gl.int32, [SLOTS, 8, 4], places.layout)
+    s_walk = gl.allocate_shared_memory(gl.int32, [SLOTS, 4, 8], walks.layout)
     s_ds = gl.allocate_shared_memory(dtype, [SLOTS, KEYS, ROWS], square)
-    s_dq = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS, 64], sums)
+    s_dq = gl.allocate_shared_memory(gl.float32, [PARTS, ROWS, 64], sums)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], signal)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
     ds_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
     ds_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
-    dq_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
-    dq_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], signal)
+    dq_full = gl.allocate_shared_memory(gl.int64, [PARTS, 1], signal)
+    dq_empty = gl.allocate_shared_memory(gl.int64, [PARTS, 1], signal)
+    over = gl.allocate_shared_memory(gl.int64, [1], signal)
     mbarrier.init(kv_full, count=1)
+    mbarrier.init(over, count=2)
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=1)
+    for i in gl.static_range(PARTS):
         mbarrier.init(dq_full.index(i), count=1)
         mbarrier.init(dq_empty.index(i), count=1)
     s_weights.index(0).store(weights(0, dtype))
@@ -86,66 +90,71 @@ def hopper_backward_kernel(
     fence_async_shared()
 
     keys = (s_k, s_v, kv_full)
-    ring = (s_q, s_do, s_pieces, s_weights, s_mask, full, empty)
+    ring = (s_q, s_do, s_pieces, s_weights, s_place, s_walk, full, empty)
     slopes = (s_ds, ds_full, ds_empty)
     adds = (s_dq, dq_full, dq_empty)
     scales = (scale, scale_log2)
     SINGLE: gl.constexpr = 24 if ORDERED else 32  # registers of warps that copy; so nothing is spilled
     gl.warp_specialize([
-        (compute_keys, (0, dk, dv, scales, keys, ring, slopes, order, runs, GROUPS, GROUP, SHARE, ADD)),
-        (compute_keys, (1, dk, dv, scales, keys, ring, slopes, order, runs, GROUPS, GROUP, SHARE, ADD)),
+        (compute_keys, (0, dk, dv, scales, keys, ring, slopes, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
+        (compute_keys, (1, dk, dv, scales, keys, ring, slopes, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
         (compute_rows, (scale, keys, slopes, adds, order, runs, GROUPS, GROUP, SHARE)),
-        (load, (q, k, v, dout, pieces, keys, ring, order, runs, GROUPS, GROUP, SHARE)),
+        (load, (q, k, v, dout, pieces, places, walks, keys, ring, order, runs, GROUPS, GROUP, SHARE, ORDERED)),
         (add, (dq, adds, order, runs, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED, WIDTH // 64)),
     ], [4, 4, 1, 1], [208, 96 - SINGLE, SINGLE, SINGLE])  # fmt: skip
 
 
 @gluon.jit
 def load(
-    q, k, v, dout, pieces, keys, ring, order, runs,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr,
+    q, k, v, dout, pieces, places, walks, keys, ring, order, runs,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """Keys and values once, then steps of rows as fast as they are used up, each with what its mask is made of: where
-    in its run it begins, or -1 where all is seen, and which run."""
+    in its run it begins, or -ROWS where all is seen, and the run. That comes by TMA as well: of what a warp stores,
+    only those lanes that arrive at a barrier may say that it is there."""
     s_k, s_v, kv_full = keys
-    s_q, s_do, s_pieces, _weights, s_mask, full, empty = ring
+    s_q, s_do, s_pieces, _weights, s_place, s_walk, full, empty = ring
+    BYTES: gl.constexpr = (
+        2 * q.block_type.nbytes + pieces.block_type.nbytes + places.block_type.nbytes + walks.block_type.nbytes
+    )
     i_b, i_g, head0, key0, first, end = place(order, GROUPS, GROUP, SHARE)
     mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
     fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
-    phase = 1
+    slot, phase = 0, 1
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
-        for i_h in range(head0, head0 + SHARE):
-            for n in range(gl.cdiv(length, BLOCK)):
-                block = block_at(n, length, head, tail)
-                for i in gl.static_range(SLOTS):
-                    j = block + i * ROWS
-                    mbarrier.wait(empty.index(i), phase)
-                    put_word(s_mask.index(2 * i), gl.where(n < (tail - head) // BLOCK, -1, j))
-                    put_word(s_mask.index(2 * i + 1), i_run)
-                    mbarrier.expect(full.index(i), 2 * q.block_type.nbytes + pieces.block_type.nbytes)
-                    fetch(pieces, [i_b * GROUPS * GROUP + i_h, start + j, 0], full.index(i), s_pieces.index(i))
-                    fetch(q, [i_b, i_h, start + j, 0], full.index(i), s_q.index(i))
-                    fetch(dout, [i_b, i_h, start + j, 0], full.index(i), s_do.index(i))
-                phase ^= 1
+        blocks = gl.cdiv(length, BLOCK)
+        for i_visit in range(blocks * SHARE):
+            n, i_head = visit(i_visit, blocks, SHARE, ORDERED)
+            i_h, block = head0 + i_head, block_at(n, length, head, tail)
+            whole = n < (tail - head) // BLOCK
+            for i in gl.static_range(BLOCK // ROWS):
+                j = block + i * ROWS
+                mbarrier.wait(empty.index(slot), phase)
+                here = full.index(slot)
+                mbarrier.expect(here, BYTES)
+                fetch(places, [gl.where(whole, 0, 1 + j // ROWS), 0], here, s_place.index(slot))
+                fetch(walks, [i_run, 0], here, s_walk.index(slot))
+                fetch(pieces, [i_b * GROUPS * GROUP + i_h, start + j, 0], here, s_pieces.index(slot))
+                fetch(q, [i_b, i_h, start + j, 0], here, s_q.index(slot))
+                fetch(dout, [i_b, i_h, start + j, 0], here, s_do.index(slot))
+                slot, phase = advance(slot, phase, s_q.shape[0])
 
 
 @gluon.jit
 def compute_keys(
-    HALF: gl.constexpr, dk, dv, scales, keys, ring, slopes, order, runs,
+    HALF: gl.constexpr, dk, dv, scales, keys, ring, slopes, over, order, runs,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One half of the tile's keys: their dK and dV."""
     scale, scale_log2 = scales
-    b_dk, b_dv = key_sums(HALF, steps_of(order, runs, GROUPS, GROUP, SHARE), keys, ring, slopes, runs, scale_log2)
-    named_sync(9, 256)  # nobody reads Q and dO any more
-    WIDTH: gl.constexpr = b_dk.shape[1]
-    sums: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, WIDTH], gl.float32)
-    s_out = viewed(ring[HALF], gl.float32, [64, WIDTH], sums)
+    b_dk, b_dv = key_sums(HALF, steps_of(order, runs, GROUPS, GROUP, SHARE), keys, ring, slopes, scale_log2)
+    mbarrier.arrive(over, count=1)
+    mbarrier.wait(over, 0)  # nobody reads Q and dO any more
     i_b, i_g, _, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
-    put(dv, b_dv, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
-    put(dk, b_dk * scale, s_out, [i_b, i_g, key0 + HALF * 64, 0], ADD)
+    put(dv, b_dv, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
+    put(dk, b_dk * scale, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
 
 
 @gluon.jit
@@ -167,82 +176,44 @@ def add(
     phase = 0
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
-        for i_h in range(head0, head0 + SHARE):
+        blocks = gl.cdiv(length, BLOCK)
+        if ORDERED:
+            p_turns = turns + 2 * gl.load(visits + i_run)
+            turn, next_turn = gl.load(p_turns), gl.load(p_turns + 1)
+        for i_visit in range(blocks * SHARE):
+            n, i_head = visit(i_visit, blocks, SHARE, ORDERED)
+            i_h, row = head0 + i_head, start + block_at(n, length, head, tail)
             if ORDERED:
-                p_turn = turns + 2 * gl.load(visits + i_run)
-            for n in range(gl.cdiv(length, BLOCK)):
-                row = start + block_at(n, length, head, tail)
-                if ORDERED:
-                    turn, next_turn = gl.load(p_turn), gl.load(p_turn + 1)
-                    p_counter = counters + (i_b * GROUPS * GROUP + i_h) * CELLS + row // BLOCK
-                    await_turn(p_counter, turn)
-                    if next_turn >= 0:
-                        await_turn(p_counter + 1, next_turn)
-                for pair in gl.static_range(COLUMNS):
-                    for i in gl.static_range(2):
-                        mbarrier.wait(dq_full.index(i), phase)
-                        step, column = (2 * pair + i) // COLUMNS, (2 * pair + i) % COLUMNS
-                        reduce_add(dq, [i_b, i_h, row + step * ROWS, column * 64], s_dq.index(i))
-                    tma.store_wait(1)
-                    mbarrier.arrive(dq_empty.index(0), count=1)
-                    tma.store_wait(0)
-                    mbarrier.arrive(dq_empty.index(1), count=1)
-                    phase ^= 1
-                if ORDERED:
-                    reduced()
-                    gl.atomic_add(p_counter, 1, sem="release")
-                    if next_turn >= 0:
-                        gl.atomic_add(p_counter + 1, 1, sem="release")
-                    p_turn += 2
+                p_counter = counters + (i_b * GROUPS * GROUP + i_h) * CELLS + row // BLOCK
+                await_turn(p_counter, turn)
+                touches_next = next_turn >= 0
+                if touches_next:
+                    await_turn(p_counter + 1, next_turn)
+                p_turn = p_turns + 2 * visit(gl.minimum(i_visit + 1, blocks * SHARE - 1), blocks, SHARE, ORDERED)[0]
+                turn, next_turn = gl.load(p_turn), gl.load(p_turn + 1)  # those of the next visit, in good time
+            for pair in gl.static_range(COLUMNS):
+                for i in gl.static_range(2):
+                    mbarrier.wait(dq_full.index(i), phase)
+                    step, column = (2 * pair + i) // COLUMNS, (2 * pair + i) % COLUMNS
+                    reduce_add(dq, [i_b, i_h, row + step * ROWS, column * 64], s_dq.index(i))
+                tma.store_wait(1)
+                mbarrier.arrive(dq_empty.index(0), count=1)
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty.index(1), count=1)
+                phase ^= 1
+            if ORDERED:
+                reduced()
+                gl.atomic_add(p_counter, 1, sem="release")
+                if touches_next:
+                    gl.atomic_add(p_counter + 1, 1, sem="release")
 
 
 @gluon.jit
-def place(order, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
-    """Batch, key/value head, first query head, first key, first run and end of the runs of this program."""
-    SHARES: gl.constexpr = GROUP // SHARE
-    p_piece = order + 4 * read_anew("%ctaid.x")
-    i_share = gl.load(p_piece)
-    i_bg = i_share // SHARES
-    i_g = i_bg % GROUPS
-    head0 = i_g * GROUP + i_share % SHARES * SHARE
-    return i_bg // GROUPS, i_g, head0, gl.load(p_piece + 1), gl.load(p_piece + 2), gl.load(p_piece + 3)
-
-
-@gluon.jit
-def read_anew(REGISTER: gl.constexpr):
-    """A special register. Of `gl.program_id` the compiler would keep what was made of it across the walk."""
-    return gl.inline_asm_elementwise(asm_of(REGISTER), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.constexpr_function
-def asm_of(register):
-    return f"mov.u32 $0, {getattr(register, 'value', register)};"
-
-
-@gluon.jit
-def steps_of(order, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
-    """How many steps this program walks."""
-    _, _, _, _, first, end = place(order, GROUPS, GROUP, SHARE)
-    blocks = 0
-    for i_run in range(first, end):
-        _, length, _, _, _, _, _, _ = run_at(runs, i_run)
-        blocks += gl.cdiv(length, BLOCK)
-    return blocks * (SHARE * BLOCK // ROWS)
-
-
-@gluon.jit
-def block_at(n, length, head, tail):
-    """Where the n-th block of a run begins, in the order of the walk: those without a mask, then the others, last rows
-    first. So programs that run side by side come to the same rows at about the same time, earlier tiles first."""
-    whole = (tail - head) // BLOCK
-    masked = (gl.cdiv(length, BLOCK) - 1 - n) * BLOCK
-    return gl.where(n < whole, tail - (n + 1) * BLOCK, gl.where(masked < head, masked, masked - head + tail))
-
-
-@gluon.jit
-def put(desc, b_x, s_x, coord, ADD: gl.constexpr):
-    """Stores a tile, or adds it to what is there."""
-    s_x.store(b_x)
+def put(desc, b_x, s_free, coord, ADD: gl.constexpr):
+    """Stores a tile by way of free memory, or adds it to what is there."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_x.shape, desc.dtype)
+    s_x = viewed(s_free, desc.dtype, b_x.shape, layout)
+    s_x.store(b_x.to(desc.dtype))
     fence_async_shared()
     if ADD:
         reduce_add(desc, coord, s_x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache, lru_cache
 from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,10 @@ __all__ = ["backward"]
 
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
 PREPARED = 256  # rows of a program of `prepare_kernel`
+NONE = (0,)  # the shape of nothing
+WIDEST = 128  # head dim
 LOG2E = 1.4426950408889634
-SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
+PATIENCE = 7  # when sums are ordered, so many times the tiles of a head at work are at most the blocks that one walks
 
 
 def shares_of(group: int, longest: int, blocks: int, processors: int) -> int:
@@ -52,6 +55,7 @@ def backward(
     dk: Tensor | None,
     dv: Tensor | None,
     deterministic: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128.
 
@@ -67,25 +71,29 @@ def backward(
     running = dk is not None or dv is not None
     tiles = work.busy if running else len(work.tiles)
     shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
-    side = shares * side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
+    least = patience(longest * group, width, processors(q.device)) if deterministic else 1
+    side = shares * side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, least)
     shape = tiles, units * shares, side, processors(q.device)
     order, runs = segments.derive((backward, keys, *shape, q.device), lambda _: placed(work, shape, q.device))
     onto = running or shares > 1
-    if onto and dq is None and not running:
-        dq, dk, dv = all_zero(q, k, v)
-    start = torch.zeros if onto else torch.empty
-    dk, dv = (
-        start(x.shape, dtype=torch.float32, device=x.device) if total is None else total
-        for x, total in ((k, dk), (v, dv))
-    )
-    if dq is None:
-        dq = torch.zeros(batch, heads, rows, d, dtype=torch.float32, device=q.device).transpose(1, 2)
     cells = -(-rows // BLOCK)
+    counters, zero_dq, zero_dk, zero_dv = all_zero(
+        q.device,
+        (batch * heads * cells if deterministic else 0,),
+        (batch, heads, rows, d) if dq is None else NONE,
+        k.shape if dk is None and onto else NONE,
+        v.shape if dv is None and onto else NONE,
+    )
+    dq = zero_dq.transpose(1, 2) if dq is None else dq
+    dk, dv = (
+        (zero if onto else torch.empty(x.shape, dtype=out_dtype or torch.float32, device=x.device))
+        if total is None
+        else total
+        for x, total, zero in ((k, dk, zero_dk), (v, dv, zero_dv))
+    )
+    turns = Turns(runs, runs)  # not read
     if deterministic:
         turns = segments.derive((turns_of, keys, q.device), lambda _: turns_of(work, BLOCK).to(q.device))
-        counters = torch.zeros(batch * heads * cells, dtype=torch.int32, device=q.device)
-    else:
-        turns, counters = Turns(runs, runs), runs  # not read
     sums = [described(x, ROWS, block) for x, block in ((dq, 64), (dk, width), (dv, width))]
     launch(
         hopper_backward_kernel,
@@ -94,7 +102,8 @@ def backward(
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             prepared(lse, delta, scale, q.dtype),
-            *sums, order, runs, *turns, counters, scale, scale * LOG2E, cells,
+            places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
+            *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E, cells,
         ),
         (),
         (
@@ -108,21 +117,24 @@ def backward(
     return dq, dk, dv
 
 
-def all_zero(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """dq, dk and dv from zero, in one piece of memory: the host pays for each launch."""
-    total, places = laid_out(q.shape, k.shape, v.shape)
-    zeros = torch.zeros(total, dtype=torch.float32, device=q.device)
+def all_zero(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """fp32 zeros of these shapes, in one piece of memory: the host pays for each launch."""
+    total, places = laid_out(shapes)
+    zeros = torch.zeros(total, dtype=torch.float32, device=device)
     return [zeros.as_strided(*place) for place in places]
 
 
 @lru_cache(1024)
-def laid_out(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[int, list[tuple[torch.Size, tuple[int, ...], int]]]:
-    """How many numbers, and where in them dq, dk and dv are: shape, strides, place of the first."""
-    _, rows, heads, d = q
-    of_dq = (heads * rows * d, d, rows * d, 1)  # heads before rows
-    of_dk, of_dv = ((x[1] * x[2] * x[3], x[2] * x[3], x[3], 1) for x in (k, v))
-    ends = [*accumulate(x.numel() for x in (q, k, v))]
-    return ends[2], [(q, of_dq, 0), (k, of_dk, ends[0]), (v, of_dv, ends[1])]
+def laid_out(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]:
+    """How many numbers, and where in them these shapes are: shape, strides, place of the first, a multiple of 16 bytes.
+
+    Example:
+        >>> laid_out(((5,), (2, 3)))
+        (16, [((5,), (1,), 0), ((2, 3), (3, 1), 8)])
+    """
+    ends = [*accumulate(-(-prod(shape) // 4) * 4 for shape in shapes)]
+    strides = [tuple(prod(shape[i + 1 :]) for i in range(len(shape))) for shape in shapes]
+    return ends[-1], [*zip(shapes, strides, [0, *ends[:-1]], strict=True)]
 
 
 class Lowered(NamedTuple):
@@ -149,17 +161,27 @@ def placed(work: Work, shape: tuple[int, int, int, int], device: torch.device) -
     return to_device(queue(work, BLOCK, *shape), device), to_device(work.runs, device)
 
 
+def patience(walked: int, width: int, processors: int) -> int:
+    """How many key/value heads work side by side at least when sums are ordered. Their tiles wait in a row, each for
+    the time that it takes to pass on a turn: a small part of what a tile takes whose heads walk so many blocks.
+
+    Example (causal, 32:8 heads: 8192 and 32768 rows, head dim 128; 16:16 heads: 16384 rows, head dim 64):
+        >>> patience(64 * 4, 128, 132), patience(256 * 4, 128, 132), patience(128, 64, 132)
+        (4, 1, 15)
+    """
+    return -(-PATIENCE * processors * WIDEST // (max(walked, 1) * width))
+
+
 @cache
-def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
-    """How many units, key/value heads of one sequence, run side by side: see `triton_launch.section` and SIDE.
+def side_by_side(units: int, bytes_each: int, least: int) -> int:
+    """How many units, key/value heads of one sequence, run side by side: a divisor of their number, as many as share
+    the L2 cache (`triton_launch.section`) or `least`.
 
     Example:
-        >>> side_by_side(8, 40 << 20, False), side_by_side(8, 40 << 20, True), side_by_side(64, 4 << 20, True)
-        (1, 8, 8)
+        >>> side_by_side(8, 40 << 20, 1), side_by_side(8, 40 << 20, 3), side_by_side(8, 4 << 20, 99)
+        (1, 4, 8)
     """
-    least = section(units, bytes_each)
-    if ordered:
-        least = max(least, min(SIDE, units))
+    least = max(section(units, bytes_each), min(least, units))
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
@@ -172,6 +194,26 @@ def prepared(lse: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> De
     operands = lse.contiguous(), delta.contiguous(), pieces, scale, total
     launch(prepare_kernel, lse.device, (-(-total // PREPARED), 1, 1), operands, (), (("BLOCK", PREPARED),))
     return Described(pieces, form)
+
+
+@lru_cache(64)
+def places(rows: int, device: torch.device) -> Described:
+    """Lines -ROWS, 0, ROWS, 2 ROWS, ..., as far as steps of a run of so many rows begin, each four times: TMA copies no
+    fewer than 16 bytes.
+
+    Example:
+        >>> places(129, torch.device("cpu")).base[:, 0].tolist()
+        [-64, 0, 64, 128, 192]
+    """
+    column = torch.arange(-1, rows // ROWS + 2, dtype=torch.int32) * ROWS
+    lines = column[:, None].expand(-1, 4).contiguous()
+    return Described(to_device(lines, device), form_of_lines(*lines.shape))
+
+
+@lru_cache(1024)
+def form_of_lines(n: int, columns: int) -> HopperForm:
+    """A table of int32, in blocks of 128 bytes, of which the first line matters: TMA writes to multiples of that."""
+    return HopperForm([n, columns], [columns, 1], [32 // columns, columns], torch.int32)
 
 
 @cache

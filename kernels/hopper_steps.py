@@ -20,15 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_add import store_spread
 from .hopper_prepare import PIECES, WEIGHT_0, WEIGHT_1, WEIGHT_2
 from .hopper_scores import pack, unpack
-from .hopper_tile import advance, product_layout, run_at
+from .hopper_tile import advance, product_layout
+from .hopper_walk import ROWS
 
-__all__ = ["key_sums", "put_word", "query_sums", "weights"]
-
-ROWS = gl.constexpr(64)
+__all__ = ["key_sums", "query_sums", "weights"]
 
 
 @gluon.jit
-def key_sums(HALF: gl.constexpr, steps, keys, ring, slopes, runs, scale_log2):
+def key_sums(HALF: gl.constexpr, steps, keys, ring, slopes, scale_log2):
     """dK / scale and dV of one half of the tile's keys, from all steps; dS of each goes to shared memory.
 
     At head dims over 64, S and dP are accumulated in the same registers, one after the other, and P is kept in fp16
@@ -37,7 +36,7 @@ def key_sums(HALF: gl.constexpr, steps, keys, ring, slopes, runs, scale_log2):
     and values are in registers too, so that shared memory is read less.
     """
     s_k, s_v, kv_full = keys
-    s_q, s_do, s_pieces, s_weights, s_mask, full, empty = ring
+    s_q, s_do, s_pieces, s_weights, s_place, s_walk, full, empty = ring
     s_ds, ds_full, ds_empty = slopes
     WIDTH: gl.constexpr = s_k.shape[1]
     dtype: gl.constexpr = s_k.dtype
@@ -62,7 +61,7 @@ def key_sums(HALF: gl.constexpr, steps, keys, ring, slopes, runs, scale_log2):
             b_s = warpgroup_mma_wait(2, deps=(b_s,))
         else:
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
-        mask = (runs, s_mask.index(2 * slot), s_mask.index(2 * slot + 1), HALF)
+        mask = (s_place.index(slot), s_walk.index(slot), HALF)
         if ROOM:
             b_p = gl.exp2(hidden(b_s, mask) * scale_log2)
             b_dv = warpgroup_mma(unpack(pack(b_p, dtype), dtype, WIDE), s_do.index(slot), b_dv, is_async=True)
@@ -99,12 +98,12 @@ def query_sums(steps, keys, slopes, adds, scale):
     for _i_step in tl.range(steps, disable_licm=True):
         mbarrier.wait(ds_full.index(slot), phase)
         for column in gl.static_range(COLUMNS):
-            part = column if COLUMNS == 2 else slot
+            part = column if COLUMNS == 2 else slot % 2
             b_dq = start(s_ds.index(slot).permute((1, 0)), s_k.slice(column * 64, 64, dim=1))
             b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
             if column == COLUMNS - 1:
                 mbarrier.arrive(ds_empty.index(slot), count=1)
-            mbarrier.wait(dq_empty.index(part), (slot if COLUMNS == 2 else phase) ^ 1)
+            mbarrier.wait(dq_empty.index(part), (slot if COLUMNS == 2 else slot // 2) ^ 1)
             store_spread(s_dq.index(part), b_dq * scale)
             fence_async_shared()
             mbarrier.arrive(dq_full.index(part), count=1)
@@ -138,35 +137,36 @@ def weights(FIRST: gl.constexpr, dtype: gl.constexpr):
 @gluon.jit
 def hidden(b_s, mask):
     """S, -inf where it is masked."""
-    runs, s_row, s_run, HALF = mask
-    first = word(s_row)
+    s_place, s_walk, HALF = mask
+    first = word(s_place, 0)
     if first >= 0:
         layout: gl.constexpr = b_s.type.layout
         row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
-        b_s = gl.where(seen(row, layout, first, runs, s_run, HALF), b_s, float("-inf"))
+        b_s = gl.where(seen(row, layout, first, s_walk, HALF), b_s, float("-inf"))
     return b_s
 
 
 @gluon.jit
 def hidden_pairs(b_pair, b_kept, mask):
     """Pairs of P in two forms, int32 [64, ROWS / 2], zero where they are masked."""
-    runs, s_row, s_run, HALF = mask
-    first = word(s_row)
+    s_place, s_walk, HALF = mask
+    first = word(s_place, 0)
     if first >= 0:
         layout: gl.constexpr = b_pair.type.layout
         row = 2 * gl.arange(0, ROWS // 2, layout=gl.SliceLayout(0, layout))
-        bits = gl.where(seen(row, layout, first, runs, s_run, HALF), 0xFFFF, 0)
-        bits |= gl.where(seen(row + 1, layout, first, runs, s_run, HALF), -0x10000, 0)
+        bits = gl.where(seen(row, layout, first, s_walk, HALF), 0xFFFF, 0)
+        bits |= gl.where(seen(row + 1, layout, first, s_walk, HALF), -0x10000, 0)
         b_pair &= bits
         b_kept &= bits
     return b_pair, b_kept
 
 
 @gluon.jit
-def seen(row, layout: gl.constexpr, first, runs, s_run, HALF: gl.constexpr):
+def seen(row, layout: gl.constexpr, first, s_walk, HALF: gl.constexpr):
     """Which keys see which rows, counted from `first` of a run: row t is seen by key u iff t + shift - window < u <=
     t + shift, which is one comparison for every key, unsigned."""
-    _, length, _, _, shift, low, high, window = run_at(runs, word(s_run))
+    length, shift = word(s_walk, 1), word(s_walk, 4)
+    low, high, window = word(s_walk, 5), word(s_walk, 6), word(s_walk, 7)
     key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     first_row = key - shift - first
     end = gl.maximum(length - first - first_row, 0)
@@ -175,12 +175,7 @@ def seen(row, layout: gl.constexpr, first, runs, s_run, HALF: gl.constexpr):
 
 
 @gluon.jit
-def word(s_x):
-    """A number from shared memory, the same for all threads of a warpgroup."""
-    return gl.sum(s_x.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def put_word(s_x, x):
-    """A number to shared memory, by one warp."""
-    s_x.store(gl.full([1], x, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+def word(s_x, COLUMN: gl.constexpr):
+    """A number of a line in shared memory, the same for all threads of a warpgroup."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+    return gl.sum(gl.sum(s_x.slice(0, 1).slice(COLUMN, 1, dim=1).load(layout), 1), 0)

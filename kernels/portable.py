@@ -61,7 +61,9 @@ class TritonKernel:
             return rounded(sums, dtype)
         return module("triton_rounding").rounded(sums, dtype)
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, softcap=0.0):
+    def backward(
+        self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None, softcap=0.0
+    ):
         if not segments:
             return tuple(
                 x.new_zeros(x.shape, dtype=accumulate_dtype(x)) if total is None else total

@@ -32,7 +32,7 @@ class Turns(NamedTuple):
 
 def turns_of(work: Work, block: int) -> Turns:
     """The turns of key tiles whose runs walk rows in blocks of `block`, on cells of as many rows. Blocks of a run come
-    in the order of the walk (`hopper_backward.block_at`): those without a mask, then the others, last rows first.
+    in the order of the walk (`hopper_walk.block_at`): those without a mask, then the others, last rows first.
 
     Example (two tiles walk rows 0 .. 8 and 2 .. 8 in blocks of 4, all masked):
         >>> tiles, runs = torch.tensor([[0, 0, 1], [4, 1, 2]]), torch.zeros(2, 8, dtype=torch.int64)

@@ -46,8 +46,8 @@ class Ours(Implementation):
     def backward(self, x: Inputs, saved: Saved, case: Case) -> tuple[Tensor, ...]:
         out, lse, segments, scale = saved
         delta = self.kernel.row_delta(x.dout, out)
-        grads = self.kernel.backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, scale=scale)
-        return self.kernel.rounded(grads, x.q.dtype)
+        inputs, dtype = (x.dout, x.q, x.k, x.v, out, lse, delta, segments), x.q.dtype
+        return self.kernel.rounded(self.kernel.backward(*inputs, scale=scale, out_dtype=dtype), dtype)
 
 
 class FlashAttention4(Differentiated):

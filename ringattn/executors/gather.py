@@ -121,7 +121,8 @@ def backward(
     """Gradients of this rank's queries, keys and values; see `ring.backward`."""
     if call.transport is None:
         segments = call.plan.segments(0, 0)
-        return call.kernel.backward(dout, q, k, v, out, lse, delta, segments, scale=call.scale)
+        inputs = dout, q, k, v, out, lse, delta, segments
+        return call.kernel.backward(*inputs, scale=call.scale, out_dtype=q.dtype)
     work = Backward(call, dout, q, k, v, out, lse, delta)
     coming = bring(call, k, v, 0)
     work.own_keys(work.first)

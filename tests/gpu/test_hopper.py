@@ -1,5 +1,5 @@
 """The Hopper forward beside others: on some of the multiprocessors, and while keys are still arriving, when it waits
-for flags, and says so when one does not come."""
+for flags, and says so when one does not come. And gradients in the dtype that they leave in."""
 
 from __future__ import annotations
 
@@ -90,3 +90,16 @@ def test_a_flag_that_never_comes(forward):
     again = forward(ready(), SECOND)  # the context is alive
     assert again[0].isfinite().all()
     assert again[2].item() == 0
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_gradients_that_leave_at_once(d):
+    """dk and dv in the dtype that they leave in: what rounding makes of the sums, bit by bit."""
+    q, k, v, dout = torch.randn(4, 1, 700, 4, d, device="cuda", dtype=torch.bfloat16)
+    segments, kernel = Segments([Segment(0, 700, 0, 700, 0)]), HopperKernel(deterministic=True)
+    out, lse = kernel.forward(q, k, v, segments, scale=0.1)
+    inputs = dout, q, k, v, out, lse, kernel.row_delta(dout, out), segments
+    sums = kernel.backward(*inputs, scale=0.1)
+    grads = kernel.backward(*inputs, scale=0.1, out_dtype=q.dtype)
+    assert [x.dtype for x in grads] == [torch.float32, q.dtype, q.dtype]
+    assert all(torch.equal(x.to(y.dtype), y) for x, y in zip(sums, grads, strict=True))

@@ -97,7 +97,9 @@ class RoundedKernel(ReferenceKernel):
         merge_(out, lse, torch.cat(outs, 1).transpose(1, 2), torch.cat(lses, 1))
         return out.to(out_dtype or out.dtype), lse
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, softcap=0.0):
+    def backward(
+        self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None, softcap=0.0
+    ):
         visible = visible_pairs(segments, q.shape[1], k.shape[1], q.device)
         groups = k.shape[2]
         parts: list[list[Tensor]] = [[], [], []]

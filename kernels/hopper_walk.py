@@ -1,0 +1,70 @@
+"""What a program of the Hopper backward walks: the rows that see its keys, block by block, for some heads.
+
+Every warp that walks does so by itself, from the same tables, and all of them come to the same steps in the same order.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .hopper_tile import run_at
+
+__all__ = ["BLOCK", "ROWS", "block_at", "place", "steps_of", "visit"]
+
+ROWS = gl.constexpr(64)  # of a step
+BLOCK = gl.constexpr(128)  # rows of a block, two steps
+
+
+@gluon.jit
+def place(order, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+    """Batch, key/value head, first query head, first key, first run and end of the runs of this program."""
+    SHARES: gl.constexpr = GROUP // SHARE
+    p_piece = order + 4 * read_anew("%ctaid.x")
+    i_share = gl.load(p_piece)
+    i_bg = i_share // SHARES
+    i_g = i_bg % GROUPS
+    head0 = i_g * GROUP + i_share % SHARES * SHARE
+    return i_bg // GROUPS, i_g, head0, gl.load(p_piece + 1), gl.load(p_piece + 2), gl.load(p_piece + 3)
+
+
+@gluon.jit
+def read_anew(REGISTER: gl.constexpr):
+    """A special register. Of `gl.program_id` the compiler would keep what was made of it across the walk."""
+    return gl.inline_asm_elementwise(asm_of(REGISTER), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def asm_of(register):
+    return f"mov.u32 $0, {getattr(register, 'value', register)};"
+
+
+@gluon.jit
+def steps_of(order, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+    """How many steps this program walks."""
+    _, _, _, _, first, end = place(order, GROUPS, GROUP, SHARE)
+    blocks = 0
+    for i_run in range(first, end):
+        _, length, _, _, _, _, _, _ = run_at(runs, i_run)
+        blocks += gl.cdiv(length, BLOCK)
+    return blocks * (SHARE * BLOCK // ROWS)
+
+
+@gluon.jit
+def visit(i, blocks, SHARE: gl.constexpr, ORDERED: gl.constexpr):
+    """Which block of a run and which head come i-th: head after head, or, where tiles wait for one another, all heads
+    of a block, so that a short tile need not wait for long ones to come to its next head."""
+    if ORDERED:
+        return i // SHARE, i % SHARE
+    else:
+        return i % blocks, i // blocks
+
+
+@gluon.jit
+def block_at(n, length, head, tail):
+    """Where the n-th block of a run begins, in the order of the walk: those without a mask, then the others, last rows
+    first. So programs that run side by side come to the same rows at about the same time, earlier tiles first."""
+    whole = (tail - head) // BLOCK
+    masked = (gl.cdiv(length, BLOCK) - 1 - n) * BLOCK
+    return gl.where(n < whole, tail - (n + 1) * BLOCK, gl.where(masked < head, masked, masked - head + tail))
