@@ -2,14 +2,21 @@
 wrongly, and accesses to shared memory that race. Cases are small, since it makes kernels a hundred times slower.
 
     compute-sanitizer --tool racecheck --kernel-name kns=hopper python tests/gpu/test_sanitizer.py
+
+One report of racecheck's is none of ours and not a race. Triton keeps a table of which warps do what: the first four
+write it, all meet at barrier 1, the others read it; and once more at the end. That code has no line of its own, so it
+is reported at the line where the kernel's function begins.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,21 +33,37 @@ pytestmark = [
     ),
     pytest.mark.timeout(300),
 ]
+DONE = "all kernels have run"
+FAULTY = 3  # exit status
 
 
-REPORTS = pytest.mark.xfail(reason="it reports accesses and barriers that are yet to be told apart from real faults")
-
-
-@pytest.mark.parametrize(
-    "tool", ["memcheck", pytest.param("racecheck", marks=REPORTS), pytest.param("synccheck", marks=REPORTS)]
-)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_clean(tool: str):
-    command = [SANITIZER, "--tool", tool, "--kernel-name", "kns=hopper", "--error-exitcode", "1"]
+    command = [SANITIZER, "--tool", tool, "--kernel-name", "kns=hopper", "--error-exitcode", FAULTY]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that every tensor has bounds of its own
     done = subprocess.run(
         [*map(str, command), sys.executable, __file__], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert DONE in done.stdout, done.stdout[-5000:] + done.stderr[-5000:]
+    if tool == "racecheck":
+        assert ours(done.stdout) == []
+        assert done.returncode in (0, FAULTY)
+    else:
+        assert done.returncode == 0, done.stdout[-5000:]
+
+
+def ours(output: str) -> list[str]:
+    """The races in racecheck's output but those on Triton's table."""
+    from ringattn.kernels.hopper_backward import hopper_backward_kernel
+    from ringattn.kernels.hopper_forward import hopper_forward_kernel
+
+    begins = []
+    for kernel in (hopper_forward_kernel, hopper_backward_kernel):
+        lines, number = inspect.getsourcelines(kernel.fn)
+        number += next(i for i, line in enumerate(lines) if line.startswith("def "))
+        begins.append(f"{Path(inspect.getfile(kernel.fn)).name}:{number}")
+    races = re.findall(r"Race reported between .*(?:\n=+     and .*)*", output)
+    return [race for race in races if not re.search(rf"between Read access at .* in ({'|'.join(begins)})\n", race)]
 
 
 def main() -> None:
@@ -59,6 +82,7 @@ def main() -> None:
         for deterministic in (False, True):
             backward(dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic)
         torch.cuda.synchronize()
+    print(DONE)
 
 
 if __name__ == "__main__":
