@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .segments import Segments
+from .segments import NO_WINDOW, Segments
 from .tiles import Work, query_tiles, to_device
 
 __all__ = ["Dealt", "deal", "dealt_tiles", "queue"]
@@ -83,19 +83,32 @@ def deal(blocks: np.ndarray, heads: int, side: int, programs: int) -> list[list[
 
 
 def dealt_tiles(
-    segments: Segments, rows: int, block_rows: int, block_keys: int, heads: int, side: int, programs: int, all: bool
+    segments: Segments,
+    rows: int,
+    block_rows: int,
+    block_keys: int,
+    heads: int,
+    side: int,
+    programs: int,
+    all: bool,
+    near: int = NO_WINDOW,
 ) -> Dealt:
     """The tiles of `rows` query rows, for so many heads, dealt to at most so many programs; with `all`, also those that
-    see nothing."""
+    see nothing. Keys from `near` on may come later: in each section, programs begin with tiles that do not see them."""
     work = query_tiles(segments, rows, block_rows, block_keys)
     tiles = work.tiles.numpy()[: None if all else work.busy]
     hands = deal(work.blocks(block_keys)[: len(tiles)], heads, side, min(programs, len(tiles) * heads))
+    far = np.append(0, np.cumsum(work.runs[:, 0].numpy() >= near))
+    waits = (far[tiles[:, 2]] > far[tiles[:, 1]]).tolist()
+    for hand in hands:
+        hand.sort(key=lambda piece: (piece[0] // side, waits[piece[1]]))
     pieces = np.zeros((1 + max(map(len, hands), default=0), len(hands), 4), np.int32)
     for program, hand in enumerate(hands):
         head, tile = np.array(hand).T
         pieces[0, program, 0] = len(hand)
         pieces[1 : 1 + len(hand), program] = np.concatenate((head[:, None], tiles[tile]), 1)
-    return Dealt(torch.from_numpy(pieces), work.runs, work.windowed)
+    runs = work.runs if len(work.runs) else work.runs.new_zeros(1, 8)  # a kernel that looks ahead finds one
+    return Dealt(torch.from_numpy(pieces), runs, work.windowed)
 
 
 def queue(work: Work, step: int, tiles: int, heads: int, side: int, programs: int) -> torch.Tensor:

@@ -141,13 +141,13 @@ def attend_rows(
     last_row0 = LENGTH
     rounds = rounds_of(pieces)
     i_bh, tile0, begin, end = locate(0, pieces)
+    length = length_of(runs, gl.where(begin < end, begin, 0))
     for i_round in tl.range(rounds, disable_licm=True):
         following = gl.minimum(i_round + 1, rounds - 1)
-        if PARTS == 2:  # where registers suffice, what comes next is looked up while this tile is worked on
-            next_bh, next_tile0, next_begin, next_end = locate(following, pieces)
+        next_bh, next_tile0, next_begin, next_end = locate(following, pieces)
         row0 = tile0 + PART * ROWS
         if begin < end:
-            _start, length, head, tail, shift, low, high, window = run_at(runs, begin)
+            _, _, head, tail, shift, low, high, window = run_at(runs, begin)
             at = buffer * PARTS + PART
             mbarrier.wait(q_full.index(at), q_phase)
             if KEEP:
@@ -183,7 +183,9 @@ def attend_rows(
             slot, phase = advance(slot, phase, SLOTS)
             b_pair, b_m, b_l, b_shrink = weigh(b_s, b_m, b_l, scale_log2, dtype, True)
             for i_run in tl.range(begin, end, disable_licm=True):
-                _start, length, head, tail, shift, low, high, window = run_at(runs, i_run)
+                after = gl.where(i_run + 1 < end, i_run + 1, gl.where(next_begin < next_end, next_begin, i_run))
+                next_length = length_of(runs, after)
+                _, _, head, tail, shift, low, high, window = run_at(runs, i_run)
                 for j in tl.range(gl.where(i_run == begin, KEYS, 0), length, KEYS, disable_licm=True):
                     mbarrier.wait(full.index(slot), phase)
                     b_acc = shrink(b_acc, b_shrink)
@@ -199,6 +201,7 @@ def attend_rows(
                     mbarrier.arrive(empty.index(slot), count=1)
                     slot, phase = advance(slot, phase, SLOTS)
                     b_pair, b_m, b_l, b_shrink = weigh(b_s, b_m, b_l, scale_log2, dtype, False)
+                length = next_length
             if not KEEP:
                 mbarrier.arrive(q_empty.index(at), count=1)
             buffer, q_phase = advance(buffer, q_phase, BUFFERS)
@@ -207,10 +210,8 @@ def attend_rows(
         else:  # nothing to see: out 0 and lse -inf, or what they were
             b_old_acc, b_old_m, b_old_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
             finish(b_old_acc, b_old_m, b_old_l, result, error, i_bh, row0, LENGTH, HEADS, E, WAIT)
-        if PARTS == 2:
-            i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end
-        else:
-            i_bh, tile0, begin, end = locate(following, pieces)
+            length = length_of(runs, gl.where(next_begin < next_end, next_begin, 0))
+        i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end
     if last_bh >= 0:
         mbarrier.wait(full.index(slot), phase)
         b_acc = shrink(b_acc, b_shrink)
@@ -219,6 +220,12 @@ def attend_rows(
         finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
     if PART == 0:
         named_sync(TURN, TWO)
+
+
+@gluon.jit
+def length_of(runs, i_run):
+    """The length of a run, by which the walk goes on, and so looked up while the run before is worked on."""
+    return gl.load(runs + 8 * i_run + 1)
 
 
 @gluon.jit

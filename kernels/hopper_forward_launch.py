@@ -12,7 +12,7 @@ from .hopper_arguments import NARROWEST, described, processors
 from .hopper_forward import hopper_forward_kernel
 from .interface import Arrival, nothing_seen
 from .launching import Constants, launch
-from .segments import Segments
+from .segments import NO_WINDOW, Segments
 from .triton_arguments import strides
 from .triton_launch import positive, section
 from .tuning import Tiling, architecture, tiling_for
@@ -53,7 +53,8 @@ def forward(
     walked = (k, v) if arrival is None else (k, v, arrival.k, arrival.v)
     side = group * section(units, sum(x.numel() for x in walked) * k.element_size() // units)
     programs, everything = max(processors(q.device) - margin, 1), not (running and out is before)
-    shape = rows, tiling.rows, tiling.keys, batch * heads, side, programs, everything
+    near = NO_WINDOW if arrival is None else arrival.slot
+    shape = rows, tiling.rows, tiling.keys, batch * heads, side, programs, everything, near
     work = segments.derive((*shape, q.device), lambda s: dealt_tiles(s, *shape).to(q.device))
     launch(
         hopper_forward_kernel,

@@ -10,6 +10,7 @@ Heads are counted through all sequences: head h of sequence b is i_bh = b HEADS 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .hopper_scores import pack, unpaired
 from .hopper_tile import LN2, LOG2E, LOWEST
 
 __all__ = ["finish", "sight", "start"]
@@ -60,8 +61,61 @@ def finish(
     p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
     gl.store(p_lse, b_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0)
     b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, OUT))[:, None]
-    p_out = rows_at(out, out_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, OUT)
-    gl.store(p_out, b_acc.to(out.dtype.element_ty), mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, OUT))
+    b_out = side_by_side(b_acc, out.dtype.element_ty)
+    WIDE: gl.constexpr = b_out.type.layout
+    p_out = rows_at(out, out_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, WIDE)
+    gl.store(p_out, b_out, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, WIDE))
+
+
+@gluon.jit
+def side_by_side(b_x, dtype: gl.constexpr):
+    """Results in their dtype, as they are stored. Of 16 bits, each of the four lanes of a row has two columns in every
+    eight, and to store them takes as long as 16 bytes would: so lanes trade, until each has eight side by side."""
+    if dtype.primitive_bitwidth == 32:
+        return b_x
+    else:
+        ROWS: gl.constexpr = b_x.shape[0]
+        COLUMNS: gl.constexpr = b_x.shape[1]
+        EACH: gl.constexpr = ROWS * COLUMNS // 256  # pairs in a thread, of two rows in turn
+        b_pair = gl.inline_asm_elementwise(
+            trade_asm(EACH), EACH * "=&r," + (EACH - 1) * "r," + "r", [pack(b_x, dtype)],
+            dtype=gl.int32, is_pure=True, pack=EACH,
+        )  # fmt: skip
+        b_pair = b_pair.reshape([ROWS, COLUMNS // 32, 4, 4]).permute((0, 1, 3, 2)).reshape([ROWS, COLUMNS // 2])
+        # The same registers in another order, that of columns.
+        return gl.convert_layout(unpaired(b_pair, dtype), wide_layout(ROWS, COLUMNS))
+
+
+@gluon.constexpr_function
+def wide_layout(rows, columns):
+    """As `product_layout`, but each of the four lanes of a row has eight columns side by side."""
+    far = [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], *far, [8, 0]], lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[rows, columns],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def trade_asm(n):
+    """Operands: n results, n pairs. Of four pairs of a row, the i-th of lane j becomes the j-th of lane i: first the
+    lower bits of i and j change places, then the upper ones."""
+    lines = [
+        ".reg .pred upper0, upper1; .reg .b32 lane, give;",
+        "mov.u32 lane, %laneid; and.b32 give, lane, 1; setp.ne.u32 upper0, give, 0;",
+        "and.b32 give, lane, 2; setp.ne.u32 upper1, give, 0;",
+        *(f"mov.b32 ${i}, ${n + i};" for i in range(n)),
+    ]
+    for bit in (0, 1):
+        for i in range(n):
+            if i >> 1 >> bit & 1:
+                continue
+            low, high = f"${i}", f"${i + (2 << bit)}"  # rows take turns
+            lines += [
+                f"selp.b32 give, {low}, {high}, upper{bit}; shfl.sync.bfly.b32 give, give, {1 << bit}, 31, 0xffffffff;",
+                f"selp.b32 {low}, give, {low}, upper{bit}; selp.b32 {high}, {high}, give, upper{bit};",
+            ]
+    return "{ " + " ".join(lines) + " }"
 
 
 @gluon.jit

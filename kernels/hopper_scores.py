@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_tile import LOWEST
 
-__all__ = ["blank", "hide", "pack", "shrink", "unpack", "weigh"]
+__all__ = ["blank", "hide", "pack", "shrink", "unpack", "unpaired", "weigh"]
 
 SLACK = 12  # log2 of a partial sum
 
@@ -102,10 +102,16 @@ def pack(b_p, dtype: gl.constexpr):
 @gluon.jit
 def unpack(b_pair, dtype: gl.constexpr, OUT: gl.constexpr):
     """Pairs as the left operand of a product: [R, N]. Costs nothing, the registers are the same."""
+    b_p = unpaired(b_pair, dtype)
+    return gl.convert_layout(b_p, gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2), assert_trivial=True)
+
+
+@gluon.jit
+def unpaired(b_pair, dtype: gl.constexpr):
+    """[R, N] of pairs [R, N / 2]."""
     b_low = (b_pair & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
     b_high = (b_pair >> 16).to(gl.int16).to(dtype, bitcast=True)
-    b_p = gl.join(b_low, b_high).reshape([b_pair.shape[0], b_pair.shape[1] * 2])
-    return gl.convert_layout(b_p, gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2), assert_trivial=True)
+    return gl.join(b_low, b_high).reshape([b_pair.shape[0], b_pair.shape[1] * 2])
 
 
 @gluon.jit

@@ -74,11 +74,6 @@ class Segment(NamedTuple):
         return Segment(q_start, q_len, k_start, k_len, offset - excess, window - excess if hides else NO_WINDOW)
 
     @property
-    def unmasked(self) -> bool:
-        """Whether every row sees every key."""
-        return self.offset >= self.k_len - 1 and self.q_len - 1 + self.offset < self.window
-
-    @property
     def pairs(self) -> int:
         """Number of visible (row, key) pairs: the work of the segment.
 

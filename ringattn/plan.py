@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ringattn.documents import CuSeqlens
-from ringattn.kernels.segments import Segment, Segments, count_pairs
+from ringattn.kernels.segments import Segments, count_pairs
 from ringattn.layout import Layout, make_layout
 from ringattn.mask import Mask, WindowSize, make_mask
 from ringattn.pieces import visible_segments
@@ -92,23 +92,6 @@ class Plan:
     @cached_property
     def _kept(self) -> dict[Hashable, Any]:
         return {}
-
-    def query_pieces(self, rank: int) -> dict[tuple[int, int], list[tuple[int, Segment]]]:
-        """For each piece (q_start, q_len) of a rank's queries: the (source, segment) it looks at."""
-        pieces: dict[tuple[int, int], list[tuple[int, Segment]]] = {}
-        for source in range(self.ranks):
-            for segment in self.segments(rank, source):
-                pieces.setdefault((segment.q_start, segment.q_len), []).append((source, segment))
-        return pieces
-
-    def key_pieces(self, source: int) -> dict[tuple[int, int], list[tuple[int, Segment]]]:
-        """The transpose, for the backward: for each piece (k_start, k_len) of a shard of keys, the (rank, segment)
-        that look at it."""
-        pieces: dict[tuple[int, int], list[tuple[int, Segment]]] = {}
-        for rank in range(self.ranks):
-            for segment in self.segments(rank, source):
-                pieces.setdefault((segment.k_start, segment.k_len), []).append((rank, segment))
-        return pieces
 
     def pairs(self, rank: int) -> int:
         """Visible (query, key) pairs that a rank computes."""

@@ -54,6 +54,19 @@ def test_every_piece_once(everything):
     assert got == sorted((head, *tile.tolist()) for head in range(4) for tile in tiles)
 
 
+def test_tiles_that_need_what_is_there_come_first():
+    """The same tiles for each program; in each section those that see no key behind `near` before the others."""
+    segments, side = make_plan("zigzag", 16384, 2, causal=True).gathered_segments(0), 8
+    options = segments, 8192, 128, 128, HEADS, side, PROGRAMS, True
+    plain, dealt = dealt_tiles(*options), dealt_tiles(*options, near=8192)
+    assert sorted(map(tuple, dealt.pieces[1:, 5].tolist())) == sorted(map(tuple, plain.pieces[1:, 5].tolist()))
+    starts = dealt.runs[:, 0].numpy()
+    for program in range(PROGRAMS):
+        hand = dealt.pieces[1 : 1 + dealt.pieces[0, program, 0], program].tolist()
+        order = [(head // side, bool((starts[begin:end] >= 8192).any())) for head, _, begin, end in hand]
+        assert order == sorted(order)
+
+
 def test_nothing_to_see_and_nothing_to_write():
     assert dealt_tiles(Segments(), 1000, 128, 128, 4, 2, 7, all=False).programs == 0
     assert dealt_tiles(Segments(), 0, 128, 128, 4, 2, 7, all=True).programs == 0

@@ -52,24 +52,6 @@ def test_work_and_traffic_add_up(layout, ranks, seq_len, causal):
     assert plan.bytes_sent(0, kv_heads=2, head_dim=4, itemsize=2) == plan.tokens_sent(0) * 2 * 8 * 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_query_pieces_and_key_pieces_are_transposes(layout):
-    plan = make_plan(layout, 23, 3, causal=True)
-    by_query = {
-        (rank, source, segment)
-        for rank in range(3)
-        for piece in plan.query_pieces(rank).values()
-        for source, segment in piece
-    }
-    by_key = {
-        (rank, source, segment)
-        for source in range(3)
-        for piece in plan.key_pieces(source).values()
-        for rank, segment in piece
-    }
-    assert by_query == by_key
-
-
 def test_reach_brings_every_shard_to_all_who_look_at_it():
     for layout, ranks in itertools.product(LAYOUTS, (2, 3, 8)):
         plan = make_plan(layout, 5, ranks, causal=True)
