@@ -2,19 +2,22 @@
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
 
+from ringattn import ranks
 from tests.gang import run_ranks
 from tests.ranks import test_packed as packed
 from tests.ranks.test_attention import CASES, check_cases
-from tests.soak import die_in_the_middle, soak
+from tests.soak import compile_ahead, die_in_the_middle, soak
 
 GPUS = torch.cuda.device_count()
 EXECUTORS = ["ring", "gather", "pull"]
 DEADLINE = 8.0  # longer than one rank compiles what another need not
+GANGS = 8  # that compile side by side
 
 pytestmark = [pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"), pytest.mark.timeout(600)]
 
@@ -37,17 +40,23 @@ def test_packed_documents_and_windows(executor):
 def test_soak():
     """RINGATTN_SOAK sets the number of steps, each with one of the executors."""
     steps = int(os.environ.get("RINGATTN_SOAK", "1000"))
-    run_ranks(GPUS, soak, "cuda", tuple(EXECUTORS), steps, backend="nccl", timeout=580)
+    executors = tuple(EXECUTORS)
+
+    def ahead(part: int) -> None:
+        run_ranks(GPUS, compile_ahead, "cuda", executors, part, GANGS, backend="nccl", timeout=280)
+
+    with ThreadPoolExecutor(GANGS) as pool:
+        list(pool.map(ahead, range(GANGS)))
+    run_ranks(GPUS, soak, "cuda", executors, steps, backend="nccl", timeout=280)
 
 
-def die_soon(rank: int, executor: str) -> str:
-    from ringattn import ranks
-
+def die_soon(rank: int, executor: str, where: str) -> str:
     ranks.DEADLINE = timedelta(seconds=DEADLINE)
-    return die_in_the_middle(rank, "cuda", executor, DEADLINE)
+    return die_in_the_middle(rank, "cuda", executor, DEADLINE, where)
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_others_raise_when_a_rank_dies(executor):
-    said = run_ranks(GPUS, die_soon, executor, backend="nccl", timeout=100, dying=(GPUS - 1,))
+def test_others_raise_when_a_rank_dies(executor, where):
+    said = run_ranks(GPUS, die_soon, executor, where, backend="nccl", timeout=100, dying=(GPUS - 1,))
     assert all(f"waited {DEADLINE:g} s for" in message for message in said[:-1])
