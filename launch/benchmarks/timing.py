@@ -16,6 +16,7 @@ __all__ = ["FLUSH_BYTES", "Deadline", "Meter", "hold", "samples_ms", "slowest"]
 # issued the call that follows, so that short kernels are timed and not their launches.
 FLUSH_BYTES = 2**30
 WARM_UP_MS = 50.0
+STEADY_MS = 150.0  # among ranks; within some 100 ms a GPU at its limit of power has found its clock
 HOLD_CYCLES = 2_000_000  # about a millisecond
 
 
@@ -93,8 +94,11 @@ class Meter:
         return [window_ms(work, device, steps) for _ in range(windows)]
 
     def plan(self, work: Callable[[], object], device: torch.device) -> tuple[int, int]:
-        """Steps of a window, and windows."""
+        """Steps of a window, and windows. Before, a GPU does the same work until it is as warm, and its clock as slow,
+        as this work makes them."""
         estimate = slowest(window_ms(work, device, 1))
+        if device.type == "cuda":
+            window_ms(work, device, math.ceil(STEADY_MS / estimate))
         steps = count(self.budget_ms, estimate, self.least, self.ahead)
         return steps, count(self.budget_ms, steps * estimate, 1, self.most)
 
