@@ -1,5 +1,6 @@
 """Every executor on all GPUs: results, a soak with delays, and the death of a rank."""
 
+import hashlib
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -8,16 +9,31 @@ from datetime import timedelta
 import pytest
 import torch
 
+import ringattn
 from ringattn import ranks
+from ringattn.kernels.registry import choose_kernel
+from ringattn.launch.oracle import (
+    Case,
+    Result,
+    allowed_error,
+    attend_across_ranks,
+    attend_on_one_rank,
+    error,
+    exact,
+    make_inputs,
+)
 from tests.gang import run_ranks
 from tests.ranks import test_packed as packed
 from tests.ranks.test_attention import CASES, check_cases
 from tests.soak import compile_ahead, die_in_the_middle, soak
+from tests.tolerance import assert_close
 
 GPUS = torch.cuda.device_count()
 EXECUTORS = ["ring", "gather", "pull"]
 DEADLINE = 8.0  # longer than one rank compiles what another need not
 GANGS = 8  # that compile side by side
+BIT_EQUAL = [Case(8192, 1, 8, 2, 128, True, torch.bfloat16), Case(3000, 2, 4, 4, 64, False, torch.float16)]
+REPETITIONS = 10
 
 pytestmark = [pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"), pytest.mark.timeout(600)]
 
@@ -60,3 +76,34 @@ def die_soon(rank: int, executor: str, where: str) -> str:
 def test_others_raise_when_a_rank_dies(executor, where):
     said = run_ranks(GPUS, die_soon, executor, where, backend="nccl", timeout=100, dying=(GPUS - 1,))
     assert all(f"waited {DEADLINE:g} s for" in message for message in said[:-1])
+
+
+def bits_of_results(rank: int, executors: tuple[str, ...]) -> list[str]:
+    """A digest of each result, the same from call to call, and near those of the other executors."""
+    digests = []
+    for case in BIT_EQUAL:
+        inputs = make_inputs(case, 0, "cuda")
+        right, baseline = (
+            exact(case, inputs),
+            attend_on_one_rank(choose_kernel("hopper", *inputs[:3]).kernel, case, inputs),
+        )
+        found = []
+        for executor in executors:
+            cp = ringattn.ContextParallel(kernel="hopper", executor=executor, deterministic=True)
+            first, *others = (attend_across_ranks(cp, case, inputs) for _ in range(REPETITIONS))
+            assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)), executor
+            assert_close(first, right, baseline)
+            digests += [hashlib.sha256(x.view(torch.uint8).cpu().numpy().tobytes()).hexdigest() for x in first]
+            found.append(first)
+        for other in found[1:]:
+            for name, a, b, base, x in zip(Result._fields, found[0], other, baseline, right, strict=True):
+                assert error(a, b.double()) <= allowed_error(base, x), name
+    return digests
+
+
+@pytest.mark.skipif(GPUS < 2 or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
+def test_bit_equal_from_run_to_run():
+    """All gradients, dq too, with the Hopper kernels: from call to call and in new processes."""
+    first, second = (run_ranks(GPUS, bits_of_results, tuple(EXECUTORS), backend="nccl", timeout=140) for _ in range(2))
+    assert first == second
+    assert first[0] == first[1]
