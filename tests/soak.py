@@ -48,7 +48,7 @@ CASES = {  # on each kind of device, with a layout; few head dims and heads, eac
 SEEDS = 2  # inputs of a configuration: what an earlier step left must not pass for this one's
 DEPTH = 3  # layers in flight, at most
 LOOK = 500  # steps between looks, so that the host runs ahead
-PATIENCE = 60.0  # seconds between looks, after which all stacks are shown and the rank ends
+PATIENCE = 25.0  # seconds between looks, after which all stacks are shown and the rank ends
 
 
 class Way(NamedTuple):
@@ -178,7 +178,7 @@ def die_in_the_middle(rank: int, device: str, executor: str, deadline: float, wh
     others were told, and that they live on. What they computed without it is right or NaN."""
     way, work = Way(*CASES[device][0], executor, True), Soak(rank, device)
     dies = rank == torch.distributed.get_world_size() - 1
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)
     right = result_of(*work.forward(way, 0))
     assert all(x.isfinite().all() for x in right)
     results, start = [], time.monotonic()
