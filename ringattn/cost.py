@@ -46,6 +46,7 @@ KERNEL_RATES = {
 }
 MB = 1e6
 LINKS: dict[str, Curve] = {  # two H200s; NCCL on as many channels as `transport.p2p` takes
+    "narrow p2p": ((1 * MB, 20e9), (33.5 * MB, 39e9), (67 * MB, 42e9)),
     "p2p": ((1 * MB, 23e9), (4.2 * MB, 89e9), (16.8 * MB, 131e9), (67 * MB, 157e9), (268 * MB, 304e9)),
     "all-gather": ((1 * MB, 26e9), (4.2 * MB, 101e9), (16.8 * MB, 167e9), (67 * MB, 203e9), (268 * MB, 215e9)),
     "copy engine": ((1 * MB, 73e9), (4.2 * MB, 205e9), (16.8 * MB, 331e9), (67 * MB, 362e9), (268 * MB, 371e9)),
@@ -53,7 +54,7 @@ LINKS: dict[str, Curve] = {  # two H200s; NCCL on as many channels as `transport
 LAUNCH = 25e-6  # seconds to fill and drain the GPU
 MEETING = 10e-6  # seconds for ranks to hear from each other on the GPU
 MEMORY = 3.5e12  # bytes a second to and from memory
-BESIDE = {"p2p": 1.3, "copy engine": 1.09}  # how much slower attention is beside such traffic
+BESIDE = {"narrow p2p": 1.1, "p2p": 1.3, "copy engine": 1.09}  # how much slower attention is beside such traffic
 # Seconds of the host; a backward begins in a thread of torch's that has to wake up.
 HOST = {"call": 50e-6, "backward": 600e-6, "launch": 35e-6, "travel": 40e-6, "copy": 8e-6, "message": 150e-6}
 TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
@@ -172,13 +173,14 @@ def predict(load: Workload) -> Iterator[Prediction]:
 def predict_ring(load: Workload) -> Prediction:
     plan, ranks = load.plan, range(load.plan.ranks)
     shard = max(plan.layout.lengths)
+    narrow = seconds("narrow p2p", shard * load.token_bytes)
     hop, home = seconds("p2p", shard * load.token_bytes), seconds("p2p", shard * load.gradient_bytes)
     both = seconds("p2p", shard * (load.token_bytes + load.gradient_bytes))
     onward, back = [], []  # what each rank does at each step
     for rank in ranks:
         steps = [load.compute(rank, (rank - t) % plan.ranks) + LAUNCH for t in ranks]
         merge = load.merge(rank)
-        onward.append([beside(step, hop, "p2p") + merge for step in steps[:-1]] + [steps[-1]])
+        onward.append([beside(step, narrow, "narrow p2p") + merge for step in steps[:-1]] + [steps[-1]])
         steps = [load.compute(rank, (rank - t) % plan.ranks, True) + LAUNCH for t in ranks]
         halves = steps[0] / 4, steps[0] * 3 / 4
         middle = [beside(step, both if t > 1 else hop, "p2p") + merge for t, step in enumerate(steps[1:], 1)]

@@ -14,7 +14,7 @@ def workload(tokens: int, ranks: int, **changed) -> Workload:
 
 
 def test_links_take_longer_for_more():
-    for link in ("p2p", "all-gather", "copy engine"):
+    for link in ("narrow p2p", "p2p", "all-gather", "copy engine"):
         times = [seconds(link, 2.0**n) for n in range(10, 34)]
         assert times == sorted(times)
     assert seconds("p2p", 0) == 0
