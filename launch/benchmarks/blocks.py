@@ -115,10 +115,15 @@ def memory(records: Sequence[Record]) -> str:
 
     def draw(chosen: list[Record]) -> str:
         columns = [count(ranks) for ranks in rings]
-        ranks, held = (lambda each: count(each["ranks"])), (lambda each: f"{each['peak_memory_gib']:.3g}")
-        return pivot(chosen, over, ranks, columns, held, "GiB", best=None)
+        return pivot(chosen, over, lambda each: count(each["ranks"]), columns, weight, "GiB (foretold)", best=None)
 
     return signed(records, sections(records, ("forward", "forward+backward"), draw))
+
+
+def weight(record: Record) -> str:
+    """The peak, and how much of it was said to be for other ranks' keys and gradients."""
+    foretold = record.get("predicted_gib")
+    return f"{record['peak_memory_gib']:.3g}" + (f" ({foretold:.3g})" if foretold else "")
 
 
 def count(ranks: int) -> str:

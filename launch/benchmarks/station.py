@@ -116,16 +116,20 @@ class Station:
             gib = self.peak(each, before) if self.device.type == "cuda" else None
             return found | {"gib": gib, "expects": each.expects(x, self.case, which)}
 
-    def weigh(self, each: Across, which: str) -> float:
-        """The most memory that one pass takes on this rank, inputs included, in GiB."""
+    def weigh(self, each: Across, which: str) -> dict[str, Any]:
+        """The most memory that one pass takes on this rank, inputs included, in GiB; and who ran, and the budget that
+        it named."""
         before = self.allocated()
         with self.ready(each, which) as (work, x):
             if self.device.type == "cuda":
                 self.reset_peak()
                 work()
-                return self.peak(each, before)
-            events = trace(work, self.device, memory=True)
-            return (most_allocated(events) + sum(tensor.nbytes for tensor in x)) / 2**30
+                gib = self.peak(each, before)
+            else:
+                events = trace(work, self.device, memory=True)
+                gib = (most_allocated(events) + sum(tensor.nbytes for tensor in x)) / 2**30
+            told = each.expects(x, self.case, which)
+            return {"peak_memory_gib": gib} | {key: told[key] for key in ("executor", "predicted_gib")}
 
     def follow(self, each: Across, which: str) -> list[Interval]:
         """When this rank computed and communicated in one pass that all ranks began together."""
