@@ -40,12 +40,8 @@ LINKS: dict[str, Curve] = {  # NVLink: two H200s, NCCL on as many channels as `t
 LAUNCH = 25e-6  # seconds to fill and drain the GPU
 MEETING = 10e-6  # seconds for ranks to hear from each other on the GPU
 MEMORY = 3.5e12  # bytes a second to and from memory
-BESIDE = {
-    "narrow p2p": 1.1,
-    "p2p": 1.3,
-    "copy engine": 1.09,
-    "network": 1.05,
-}  # how much slower attention is beside such traffic
+# How much slower attention is beside such traffic.
+BESIDE = {"narrow p2p": 1.1, "p2p": 1.3, "copy engine": 1.09, "network": 1.05}
 # Seconds of the host; a backward begins in a thread of torch's that has to wake up.
 HOST = {"call": 50e-6, "backward": 600e-6, "launch": 35e-6, "travel": 40e-6, "copy": 8e-6, "message": 150e-6}
 
