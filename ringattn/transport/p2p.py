@@ -69,13 +69,19 @@ class P2PTransport:
         if self.wide is None:
             self.wide = self.communicator("wide", WIDE, device)
         if narrow and self.narrow is None:
-            self.narrow, self.processors = self.communicator("narrow", NARROW, device), NARROW
+            self.narrow = self.communicator("narrow", NARROW, device, scattered=True)
+            self.processors = NARROW
 
-    def communicator(self, name: str, channels: int, device: torch.device) -> Any:
+    def communicator(self, name: str, channels: int, device: torch.device, *, scattered: bool = False) -> Any:
         """A new one, which all ranks have joined: in the first exchange of a sequence a rank with an empty shard has
-        nothing to say."""
+        nothing to say.
+
+        Each channel is a block of threads. NCCL has four of them start side by side or not at all, and the
+        multiprocessors that a launch leaves free do not lie so: unless `scattered`, messages wait until it ends."""
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options.config.max_ctas = channels
+        if scattered:
+            options.config.cga_cluster_size = 1
         options.global_ranks_in_group = dist.get_process_group_ranks(self.group)
         store = PrefixStore(f"ringattn/{self.group.group_name}/{name}", _get_default_store())
         with watchdog_off():
