@@ -95,13 +95,11 @@ class Prediction(NamedTuple):
         return self.forward + self.backward
 
     def __str__(self) -> str:
-        name = self.executor
-        if self.executor == "pull":
-            groups = f"{self.schedule.head_groups} head group{'s' * (self.schedule.head_groups > 1)}"
-            way = f"flags, {groups}" if self.schedule.flags else "own keys first"
-            name += f" ({way}, own gradients {'in halves' if self.schedule.halves else 'last'})"
-        elif self.schedule.head_groups > 1:
-            name += f" ({self.schedule.head_groups} head groups)"
+        groups = f"{self.schedule.head_groups} head group{'s' * (self.schedule.head_groups > 1)}"
+        ways = {"pull": f"flags, {groups}" if self.schedule.flags else "own keys first", "gather": groups}
+        halves = "own gradients in halves" if self.schedule.halves else "own gradients last"
+        way = ways.get(self.executor)
+        name = f"{self.executor} ({way}, {halves})" if way else self.executor
         return (
             f"{name}: forward {self.forward * 1e3:.3g} ms, backward {self.backward * 1e3:.3g} ms, "
             f"{self.memory / 2**30:.3g} GiB"
@@ -259,7 +257,7 @@ def choose_executor(name: str, load: Workload) -> Choice:
     alike = [prediction for prediction in fitting if prediction.total <= fitting[0].total * (1 + ALIKE)]
     best = min(alike or named, key=lambda prediction: prediction.memory)
     reason = (
-        "asked for by name" if name != "auto" else f"least predicted time, and of those within {ALIKE:.0%} least memory"
+        "asked for by name" if name != "auto" else f"least predicted time, and of those within {ALIKE:.1%} least memory"
     )
     if not fitting:
         reason += f", although over the budget of {budget / 2**30:.3g} GiB"
