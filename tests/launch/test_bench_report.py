@@ -118,6 +118,15 @@ def test_committed_records_have_the_fields_that_they_should(bench: str):
         assert not json.loads(line)["dirty"]
 
 
+def test_executors_kept_to_the_memory_that_they_foretold():
+    records = read(ROOT / "docs" / "benchmarks", "memory")
+    alone = {(each["impl"], each["pass"]): each["peak_memory_gib"] for each in records if each["ranks"] == 1}
+    foretold = [each for each in records if each["predicted_gib"] is not None]
+    for each in foretold:
+        assert each["peak_memory_gib"] <= alone[each["impl"], each["pass"]] + each["predicted_gib"], each["impl"]
+    assert {each["executor"] for each in foretold} == {"ring", "gather", "pull"}
+
+
 @pytest.mark.parametrize("benches", [[], *([name] for name in RECORDS), list(RECORDS)], ids=" ".join)
 def test_any_records_make_pages(root: Path, benches: list[str]):
     for name in benches:
