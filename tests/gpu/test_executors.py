@@ -31,7 +31,7 @@ from tests.tolerance import assert_close
 GPUS = torch.cuda.device_count()
 EXECUTORS = ["ring", "gather", "pull"]
 DEADLINE = 8.0  # longer than one rank compiles what another need not
-GANGS = 8  # that compile side by side
+GANGS = 12  # that compile side by side
 BIT_EQUAL = [Case(8192, 1, 8, 2, 128, True, torch.bfloat16), Case(3000, 2, 4, 4, 64, False, torch.float16)]
 REPETITIONS = 10
 
