@@ -175,7 +175,7 @@ def soak(rank: int, device: str, executors: tuple[str, ...], steps: int, delay: 
 
 def die_in_the_middle(rank: int, device: str, executor: str, deadline: float, where: str) -> str:
     """The last rank kills itself in the middle of a forward or a backward, several layers being in flight; what the
-    others were told, and that they live on. What they computed without it is expected or NaN."""
+    others were told, and that they live on. What they computed without it is right or NaN."""
     way, work = Way(*CASES[device][0], executor, True), Soak(rank, device)
     dies = rank == torch.distributed.get_world_size() - 1
     faulthandler.dump_traceback_later(2 * PATIENCE, exit=True)
