@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from statistics import median
+from operator import itemgetter
+from statistics import fmean, median
 from typing import Any
 
 from ringattn.kernels.registry import KERNELS
@@ -111,7 +112,7 @@ class Contest:
         ahead = [ms for found in rounds for ms in found["ahead"]]
         synchronised = [ms for found in rounds for ms in found["synchronised"]]
         middle, ranks = median(ahead), self.crew.size
-        alone, kernel = alone_on_a_gpu(which, answers)
+        alone, one_gpu_mhz, kernel = alone_on_a_gpu(which, answers)
         share = self.share(each, which, answers)
         return (
             {"impl": each.name}
@@ -125,7 +126,9 @@ class Contest:
                 "exposed_ms": share and middle - share,
                 "tflops_per_gpu": 1e3 * tera_operations(self.case, which) / middle / ranks,
                 "efficiency": alone and alone / (ranks * middle),
+                "clock_mhz": clock(rounds),
                 "one_gpu_ms": alone,
+                "one_gpu_clock_mhz": one_gpu_mhz,
                 "one_gpu_impl": kernel and f"ringattn-{kernel}",
                 "ranks": ranks,
                 "kernel": each.kernel,
@@ -142,7 +145,7 @@ class Contest:
         turn = next((turn for turn in references(each, which) if turn[0] != "time_alone"), None)
         if turn not in answers:
             return None
-        ms = of_ranks(answers[turn], max)
+        ms, _ = of_ranks(answers[turn], max)
         return ms if turn[0] == "time_share" else ms * busiest(each.local, self.case, self.crew.size)
 
 
@@ -154,27 +157,40 @@ def references(each: Across, which: str) -> list[Turn]:
     return [("time_alone", each.kernel, which), share]
 
 
-def alone_on_a_gpu(which: str, answers: Answers) -> tuple[float | None, str | None]:
-    """The fastest GPU's time for the whole sequence, and the fastest of our kernels; None if none was timed."""
+def alone_on_a_gpu(which: str, answers: Answers) -> tuple[float | None, float | None, str | None]:
+    """The fastest GPU's time for the whole sequence, its clock, and the fastest of our kernels; None if none was
+    timed."""
     known = {
         turn[1]: of_ranks(found, min) for turn, found in answers.items() if (turn[0], turn[2]) == ("time_alone", which)
     }
-    best = min(known, key=known.__getitem__, default=None)
-    return (None, None) if best is None else (known[best], best)
+    best = min(known, key=lambda kernel: known[kernel][0], default=None)
+    return (None, None, None) if best is None else (*known[best], best)
 
 
-def of_ranks(rounds: list[list[list[float]]], over: Callable[[Iterable[float]], float]) -> float:
-    """The median on each rank, `over` all ranks.
+def of_ranks(rounds: list[list[Figures]], over: Callable[..., tuple]) -> tuple[float, float | None]:
+    """The median on each rank, `over` all ranks, and that one's clock.
 
     Example:
-        >>> of_ranks([[[1.0, 2.0], [5.0]], [[3.0], [4.0, 6.0]]], min)
-        2.0
+        >>> one, other = {"ahead": [1.0, 2.0], "mhz": 9.0}, {"ahead": [5.0], "mhz": None}
+        >>> of_ranks([[one, other], [one, other]], min), of_ranks([[one, other]], max)
+        ((1.5, 9.0), (5.0, None))
     """
-    return over(median(ms for times in rank for ms in times) for rank in zip(*rounds, strict=True))
+    ranks = list(zip(*rounds, strict=True))
+    times = [median(ms for found in rank for ms in found["ahead"]) for rank in ranks]
+    return over(zip(times, (clock(rank) for rank in ranks), strict=True), key=itemgetter(0))
+
+
+def clock(found: Iterable[Figures]) -> float | None:
+    """The mean clock, if it is known."""
+    known = [each["mhz"] for each in found if each["mhz"] is not None]
+    return fmean(known) if known else None
 
 
 def over_ranks(found: list[Figures]) -> Figures:
-    """The slowest rank's time of each window, and the largest memory; what is expected is the same everywhere."""
+    """The slowest rank's time of each window, the largest memory and the slowest clock; what is expected is the same
+    everywhere."""
     memory = [each["gib"] for each in found if each["gib"] is not None]
+    clocks = [each["mhz"] for each in found if each["mhz"] is not None]
     slowest = {key: [max(times) for times in zip(*(each[key] for each in found), strict=True)] for key in TIMES}
-    return slowest | {"gib": max(memory, default=None), "expects": found[0]["expects"]}
+    most = {"gib": max(memory, default=None), "mhz": min(clocks, default=None)}
+    return slowest | most | {"expects": found[0]["expects"]}

@@ -25,17 +25,8 @@ from tests.launch.jobs import Soon
 from tests.launch.test_bench import FIELDS
 
 RESULT = FIELDS - {"min_ms", "max_ms"}
-ADDED = {
-    "executor",
-    "predicted_ms",
-    "predicted_gib",
-    "synchronised_ms",
-    "exposed_ms",
-    "one_gpu_ms",
-    "one_gpu_impl",
-    "ranks",
-    "kernel",
-}
+ADDED = {"executor", "predicted_ms", "predicted_gib", "synchronised_ms", "exposed_ms", "ranks", "kernel", "clock_mhz"}
+ADDED |= {"one_gpu_ms", "one_gpu_impl", "one_gpu_clock_mhz"}
 SHAPE = {"tokens": [24], "q_heads": 4, "kv_heads": 2, "head_dim": 16, "patience": 60.0}
 QUICK = {"rounds": 1, "budget_ms": 1.0}
 OURS = "ringattn-aten-ring-zigzag"
