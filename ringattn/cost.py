@@ -27,7 +27,7 @@ __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
 RAGGED = 0.15  # of the longest tile of a backward
 TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
-ROOM = 132 / 128  # how much longer a forward takes that leaves multiprocessors to messages
+ROOM = 132 / 126  # how much longer a forward takes that leaves multiprocessors to messages
 ALIKE = 0.003  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
 

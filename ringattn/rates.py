@@ -31,7 +31,7 @@ KERNEL_RATES = {
 }
 MB = 1e6
 LINKS: dict[str, Curve] = {  # NVLink: two H200s, NCCL on as many channels as `transport.p2p` takes
-    "narrow p2p": ((1 * MB, 20e9), (4.2 * MB, 34e9), (33.5 * MB, 39e9), (134 * MB, 63e9)),
+    "narrow p2p": ((1 * MB, 20e9), (4.2 * MB, 45e9), (33.5 * MB, 56e9), (134 * MB, 75e9)),
     "p2p": ((1 * MB, 23e9), (4.2 * MB, 89e9), (16.8 * MB, 131e9), (67 * MB, 157e9), (268 * MB, 304e9)),
     "all-gather": ((1 * MB, 26e9), (4.2 * MB, 101e9), (16.8 * MB, 167e9), (67 * MB, 203e9), (268 * MB, 215e9)),
     "copy engine": ((1 * MB, 73e9), (4.2 * MB, 205e9), (16.8 * MB, 331e9), (67 * MB, 362e9), (268 * MB, 371e9)),
