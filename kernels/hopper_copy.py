@@ -39,7 +39,7 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     last = -1  # the block whose values come next; no block yet
     last_b = 0
     last_g = 0
-    known = gl.to_tensor(0).to(gl.int64)  # flags that are up, of the first ones: a look takes as long as a step
+    known = 0  # which of the first 32 flags are up: a look takes as long as a step
     for i_round in range(rounds_of(pieces)):
         i_bh, row0, begin, end = locate(i_round, pieces)
         i_b = i_bh // HEADS
@@ -51,7 +51,7 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
                 i_source = start // SLOT
                 if i_source > 0:
                     i_flag = ((i_source - 1) * (HEADS // GROUP) + i_g) // SHARED
-                    bit = gl.where(i_flag < 63, gl.to_tensor(1).to(gl.int64) << (i_flag & 63), 0)
+                    bit = gl.where(i_flag < 32, 1 << (i_flag & 31), 0)
                     if known & bit == 0:
                         await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
                         known |= bit

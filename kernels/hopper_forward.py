@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_copy import copy_blocks
-from .hopper_rows import finish, look, sight, start
+from .hopper_rows import finish, sight, start
 from .hopper_scores import blank, hide, shrink, unpack, weigh
 from .hopper_tile import LOG2E, advance, locate, named_arrive, named_sync, product_layout, rounds_of, run_at
 
@@ -155,12 +155,11 @@ def attend_rows(
             else:
                 q = q_smem.index(at)
             mbarrier.wait(full.index(slot), phase)
-            late = look(error, WAIT)
             b_acc = shrink(b_acc, b_shrink)
             if MERGE:  # registers do not suffice for the old tile beside a new one that is not empty
                 acc = warpgroup_mma(unpack(b_pair, dtype, OUT), v_smem.index(slot), b_acc, is_async=True)
                 b_acc = warpgroup_mma_wait(0, deps=(acc,))
-                finish(b_acc, b_m, b_l, result, late, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
+                finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
                 b_acc, b_m, b_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
                 named_sync(TURN + PART, TWO)
                 s = score(q, k_smem.index(slot), S)
@@ -173,7 +172,7 @@ def attend_rows(
                 named_arrive(TURN + (PART + 1) % PARTS, TWO)
                 b_s = warpgroup_mma_wait(1, deps=(s,))
                 b_acc = warpgroup_mma_wait(0, deps=(acc,))
-                finish(b_acc, b_m, b_l, result, late, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
+                finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
                 b_acc, b_m, b_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
             if (head > 0) | (tail < KEYS):
                 last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
@@ -207,18 +206,17 @@ def attend_rows(
             last_row0 = row0
         else:  # nothing to see: out 0 and lse -inf, or what they were
             b_old_acc, b_old_m, b_old_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
-            finish(b_old_acc, b_old_m, b_old_l, result, 0, i_bh, row0, LENGTH, HEADS, E, False)
+            finish(b_old_acc, b_old_m, b_old_l, result, error, i_bh, row0, LENGTH, HEADS, E, WAIT)
         if PARTS == 2:
             i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end
         else:
             i_bh, tile0, begin, end = locate(following, pieces)
     if last_bh >= 0:
         mbarrier.wait(full.index(slot), phase)
-        late = look(error, WAIT)
         b_acc = shrink(b_acc, b_shrink)
         acc = warpgroup_mma(unpack(b_pair, dtype, OUT), v_smem.index(slot), b_acc, is_async=True)
         b_acc = warpgroup_mma_wait(0, deps=(acc,))
-        finish(b_acc, b_m, b_l, result, late, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
+        finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
     if PART == 0:
         named_sync(TURN, TWO)
 

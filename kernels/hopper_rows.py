@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_tile import LN2, LOG2E, LOWEST
 
-__all__ = ["finish", "look", "sight", "start"]
+__all__ = ["finish", "sight", "start"]
 
 
 @gluon.jit
@@ -40,22 +40,17 @@ def start(
 
 
 @gluon.jit
-def look(error, WAIT: gl.constexpr):
-    """Whether keys were late, once they have come: to be asked long before `finish` is told."""
-    if WAIT:
-        return gl.load(error, volatile=True)
-    else:
-        return 0
-
-
-@gluon.jit
-def finish(b_acc, b_m, b_l, result, late, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr):
-    """Writes rows of out and lse; NaN, if keys were late."""
+def finish(
+    b_acc, b_m, b_l, result, error, i_bh, row0, LENGTH, HEADS: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr
+):
+    """Writes rows of out and lse."""
     out, lse, _before, out_strides, lse_strides, _before_strides = result
     ROWS: gl.constexpr = b_acc.shape[0]
     BLOCK_E: gl.constexpr = b_acc.shape[1]
     OUT: gl.constexpr = b_acc.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, b_m.type.layout)
+    if WAIT:  # keys may not have been there; asked first, since the answer takes as long as what follows
+        late = gl.load(error, volatile=True)
     b_weight = gl.sum(b_l, 1)
     seen = b_weight != 0.0
     b_lse = gl.where(seen, (gl.max(b_m, 1) + gl.log2(b_weight)) * LN2, -float("inf"))
