@@ -39,6 +39,7 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     last = -1  # the block whose values come next; no block yet
     last_b = 0
     last_g = 0
+    known = 0  # which of the first 32 flags are up: a look takes as long as a step
     for i_round in range(rounds_of(pieces)):
         i_bh, row0, begin, end = locate(i_round, pieces)
         i_b = i_bh // HEADS
@@ -50,7 +51,10 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
                 i_source = start // SLOT
                 if i_source > 0:
                     i_flag = ((i_source - 1) * (HEADS // GROUP) + i_g) // SHARED
-                    await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
+                    bit = gl.where(i_flag < 32, 1 << (i_flag & 31), 0)
+                    if known & bit == 0:
+                        await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
+                        known |= bit
             for j in range(0, gl.load(runs + 8 * i_run + 1), KEYS):
                 mbarrier.wait(empty.index(slot), phase)
                 if last >= 0:

@@ -50,12 +50,14 @@ def finish(
     BLOCK_E: gl.constexpr = b_acc.shape[1]
     OUT: gl.constexpr = b_acc.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, b_m.type.layout)
+    if WAIT:  # keys may not have been there; asked first, since the answer takes as long as what follows
+        late = gl.load(error, volatile=True)
     b_weight = gl.sum(b_l, 1)
     seen = b_weight != 0.0
     b_lse = gl.where(seen, (gl.max(b_m, 1) + gl.log2(b_weight)) * LN2, -float("inf"))
     b_inverse = gl.where(seen, 1.0 / b_weight, 0.0)
-    if WAIT:  # keys may not have been there
-        poison = gl.where(gl.load(error, volatile=True) != 0, float("nan"), 0.0)
+    if WAIT:
+        poison = gl.where(late != 0, float("nan"), 0.0)
         b_lse += poison
         b_inverse += poison
     p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)

@@ -25,8 +25,10 @@ from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, beside, 
 
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
+RAGGED = 0.15  # of the longest tile of a backward
 TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
-ALIKE = 0.01  # predictions that differ by less are as good as each other
+ROOM = 132 / 126  # how much longer a forward takes that leaves multiprocessors to messages
+ALIKE = 0.003  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
 
 
@@ -67,6 +69,13 @@ class Workload(NamedTuple):
         rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
         return flops * 2.5 / rates.backward if backward else flops / rates.forward
 
+    def ragged(self, rank: int) -> float:
+        """Seconds that a launch of the backward more takes at its end, where some programs have nothing left to do: a
+        share of what the longest tile takes."""
+        rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
+        pairs = TILE * self.plan.layout.lengths[rank] * self.q_heads / self.kv_heads
+        return RAGGED * 5 * (self.head_dim + self.v_head_dim) * pairs * PROCESSORS / rates.backward
+
     def merge(self, rank: int) -> float:
         """Seconds to write partial results, or dq, and to read them again."""
         return 8 * self.plan.layout.lengths[rank] * self.batch * self.q_heads * self.v_head_dim / MEMORY
@@ -86,13 +95,11 @@ class Prediction(NamedTuple):
         return self.forward + self.backward
 
     def __str__(self) -> str:
-        name = self.executor
-        if self.executor == "pull":
-            groups = f"{self.schedule.head_groups} head group{'s' * (self.schedule.head_groups > 1)}"
-            way = f"flags, {groups}" if self.schedule.flags else "own keys first"
-            name += f" ({way}, own gradients {'in halves' if self.schedule.halves else 'last'})"
-        elif self.schedule.head_groups > 1:
-            name += f" ({self.schedule.head_groups} head groups)"
+        groups = f"{self.schedule.head_groups} head group{'s' * (self.schedule.head_groups > 1)}"
+        ways = {"pull": f"flags, {groups}" if self.schedule.flags else "own keys first", "gather": groups}
+        halves = "own gradients in halves" if self.schedule.halves else "own gradients last"
+        way = ways.get(self.executor)
+        name = f"{self.executor} ({way}, {halves})" if way else self.executor
         return (
             f"{name}: forward {self.forward * 1e3:.3g} ms, backward {self.backward * 1e3:.3g} ms, "
             f"{self.memory / 2**30:.3g} GiB"
@@ -116,7 +123,8 @@ def predict(load: Workload) -> Iterator[Prediction]:
     yield predict_ring(load)
     for groups in (1, 2, 4, 8):
         if load.kv_heads % groups == 0:
-            yield predict_gather(load, groups)
+            for halves in (True, False):
+                yield predict_gather(load, Schedule(halves=halves, head_groups=groups))
     if load.same_node:
         groups = [n for n in (1, 2, 4, 8) if load.waits and load.kv_heads % n == 0]
         for halves in (True, False):
@@ -129,13 +137,15 @@ def predict_ring(load: Workload) -> Prediction:
     plan, ranks = load.plan, range(load.plan.ranks)
     shard = max(plan.layout.lengths)
     link = load.slowest  # what every hop waits for
+    narrow = "narrow p2p" if load.same_node else link
+    first = seconds(narrow, shard * load.token_bytes)
     hop, home = seconds(link, shard * load.token_bytes), seconds(link, shard * load.gradient_bytes)
     both = seconds(link, shard * (load.token_bytes + load.gradient_bytes))
     onward, back = [], []  # what each rank does at each step
     for rank in ranks:
         steps = [load.compute(rank, (rank - t) % plan.ranks) + LAUNCH for t in ranks]
         merge = load.merge(rank)
-        onward.append([beside(step, hop, link) + merge for step in steps[:-1]] + [steps[-1]])
+        onward.append([beside(step * ROOM, first, narrow) + merge for step in steps[:-1]] + [steps[-1]])
         steps = [load.compute(rank, (rank - t) % plan.ranks, True) + LAUNCH for t in ranks]
         halves = steps[0] / 4, steps[0] * 3 / 4
         middle = [beside(step, both if t > 1 else hop, link) + merge for t, step in enumerate(steps[1:], 1)]
@@ -163,9 +173,9 @@ def round_the_ring(steps: list[list[float]]) -> float:
     return max(done)
 
 
-def predict_gather(load: Workload, groups: int) -> Prediction:
+def predict_gather(load: Workload, schedule: Schedule) -> Prediction:
     """Across nodes keys come through the ports of all GPUs of a node, at NVLink's rate; gradients through one's own."""
-    plan, ranks = load.plan, range(load.plan.ranks)
+    plan, ranks, groups = load.plan, range(load.plan.ranks), schedule.head_groups
     shard, length = max(plan.layout.lengths), slots(plan, 0).length
     travel = seconds("all-gather", (length - shard) * load.token_bytes / groups)
     home = seconds(load.slowest, (length - shard) * load.gradient_bytes)
@@ -176,14 +186,15 @@ def predict_gather(load: Workload, groups: int) -> Prediction:
         own = load.compute(rank, rank, True)
         remote = sum(load.compute(rank, source, True) for source in ranks) - own + LAUNCH
         come = seconds("all-gather", (length - shard) * load.token_bytes)
-        taken = beside(own / 4, come, "p2p") + remote + beside(own * 3 / 4, home, load.slowest)
-        backward = max(backward, taken + 2 * (LAUNCH + load.merge(rank)))
+        early = own / 4 if schedule.halves else 0.0
+        taken = beside(early + LAUNCH + load.ragged(rank), come, "p2p") if schedule.halves else come
+        taken += remote + beside(own - early, home, load.slowest)
+        backward = max(backward, taken + LAUNCH + (1 + schedule.halves) * load.merge(rank))
         forward += load.merge(rank) / 2 if groups > 1 else 0.0  # results of the groups are put together
     issued = HOST["call"] + groups * (HOST["launch"] + HOST["travel"])
     memory = min(groups, 2) * length * load.token_bytes // groups
     memory = max(memory, length * (load.token_bytes + 2 * load.gradient_bytes))  # the backward takes all heads at once
     issued_back = HOST["backward"] + 6 * HOST["launch"] + 2 * HOST["message"]
-    schedule = Schedule(head_groups=groups)
     return Prediction("gather", schedule, max(forward, issued), max(backward, issued_back), int(memory))
 
 
@@ -206,7 +217,7 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         forward = max(forward, taken)
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
-        taken = beside(early + LAUNCH, come, "copy engine") if schedule.halves else come
+        taken = beside(early + LAUNCH + load.ragged(rank), come, "copy engine") if schedule.halves else come
         taken += remote + LAUNCH + beside(own - early + LAUNCH, home, "copy engine") + 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)
         backward = max(backward, taken + sums)
@@ -246,7 +257,7 @@ def choose_executor(name: str, load: Workload) -> Choice:
     alike = [prediction for prediction in fitting if prediction.total <= fitting[0].total * (1 + ALIKE)]
     best = min(alike or named, key=lambda prediction: prediction.memory)
     reason = (
-        "asked for by name" if name != "auto" else f"least predicted time, and of those within {ALIKE:.0%} least memory"
+        "asked for by name" if name != "auto" else f"least predicted time, and of those within {ALIKE:.1%} least memory"
     )
     if not fitting:
         reason += f", although over the budget of {budget / 2**30:.3g} GiB"

@@ -46,7 +46,7 @@ class Ranks:
             self.symmetric = self.symmetric or SymmetricMemory(self.group, device, self.deadline)
         else:
             assert self.transport is not None
-            self.transport.connect(device, gathers=executor == "gather")
+            self.transport.connect(device, narrow=executor == "ring")
 
 
 _ranks: dict[str, Ranks] = {ALONE: Ranks(None)}

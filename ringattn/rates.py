@@ -31,6 +31,7 @@ KERNEL_RATES = {
 }
 MB = 1e6
 LINKS: dict[str, Curve] = {  # NVLink: two H200s, NCCL on as many channels as `transport.p2p` takes
+    "narrow p2p": ((1 * MB, 20e9), (4.2 * MB, 45e9), (33.5 * MB, 56e9), (134 * MB, 75e9)),
     "p2p": ((1 * MB, 23e9), (4.2 * MB, 89e9), (16.8 * MB, 131e9), (67 * MB, 157e9), (268 * MB, 304e9)),
     "all-gather": ((1 * MB, 26e9), (4.2 * MB, 101e9), (16.8 * MB, 167e9), (67 * MB, 203e9), (268 * MB, 215e9)),
     "copy engine": ((1 * MB, 73e9), (4.2 * MB, 205e9), (16.8 * MB, 331e9), (67 * MB, 362e9), (268 * MB, 371e9)),
@@ -39,7 +40,8 @@ LINKS: dict[str, Curve] = {  # NVLink: two H200s, NCCL on as many channels as `t
 LAUNCH = 25e-6  # seconds to fill and drain the GPU
 MEETING = 10e-6  # seconds for ranks to hear from each other on the GPU
 MEMORY = 3.5e12  # bytes a second to and from memory
-BESIDE = {"p2p": 1.3, "copy engine": 1.09, "network": 1.05}  # how much slower attention is beside such traffic
+# How much slower attention is beside such traffic.
+BESIDE = {"narrow p2p": 1.05, "p2p": 1.3, "copy engine": 1.09, "network": 1.05}
 # Seconds of the host; a backward begins in a thread of torch's that has to wake up.
 HOST = {"call": 50e-6, "backward": 600e-6, "launch": 35e-6, "travel": 40e-6, "copy": 8e-6, "message": 150e-6}
 

@@ -84,8 +84,9 @@ class Across:
         return 0
 
     def expects(self, x: Inputs, case: Case, which: str) -> dict[str, Any]:
-        """What it says of itself, in fields of a record: how it goes about it, and how long it thinks that it takes."""
-        return {"executor": None, "predicted_ms": None}
+        """What it says of itself, in fields of a record: how it goes about it, and how long and how much
+        memory for the others' keys and gradients it thinks that it takes."""
+        return {"executor": None, "predicted_ms": None, "predicted_gib": None}
 
 
 class OursAcross(Across):
@@ -129,7 +130,8 @@ class OursAcross(Across):
         chosen = choice.executor, choice.schedule
         own = next((each for each in choice.predictions if (each.executor, each.schedule) == chosen), None)
         seconds = own and (own.forward if which == "forward" else own.total)
-        return {"executor": choice.executor, "predicted_ms": seconds and 1e3 * seconds}
+        memory = own and own.memory / 2**30  # besides its own inputs and results
+        return {"executor": choice.executor, "predicted_ms": seconds and 1e3 * seconds, "predicted_gib": memory}
 
 
 NAMED_EXECUTORS = (*EXECUTORS, "auto") if len(EXECUTORS) > 1 else tuple(EXECUTORS)  # where there is a choice, its too

@@ -90,12 +90,24 @@ def scaling(records: Sequence[Record]) -> str:
     def foretell(chosen: list[Record]) -> str:
         return pivot(chosen, over, column, columns, expected, "ms: predicted, measured", best=None)
 
+    def count_cycles(chosen: list[Record]) -> str:
+        return pivot(chosen, over, column, columns, cycles, "efficiency in cycles, MHz, one GPU's MHz", best=None)
+
     both = ("forward", "forward+backward")
     parts = [sections(ordered, both, draw)]
+    clocked = [record for record in ordered if record.get("clock_mhz") and record.get("one_gpu_clock_mhz")]
+    if clocked:
+        parts.append(f"In cycles instead of time:\n\n{sections(clocked, both, count_cycles)}")
     foretold = [record for record in ordered if record.get("predicted_ms") is not None]
     if foretold:
         parts.append(f"What the cost model of `executor=auto` predicted:\n\n{sections(foretold, both, foretell)}")
     return signed(records, "\n\n".join(parts))
+
+
+def cycles(record: Record) -> str:
+    """What the efficiency were if the GPUs' clock did not depend on what they do."""
+    here, alone = record["clock_mhz"], record["one_gpu_clock_mhz"]
+    return f"{record['efficiency'] * alone / here:.0%}, {here:.0f}, {alone:.0f}"
 
 
 def expected(record: Record) -> str:
@@ -115,10 +127,15 @@ def memory(records: Sequence[Record]) -> str:
 
     def draw(chosen: list[Record]) -> str:
         columns = [count(ranks) for ranks in rings]
-        ranks, held = (lambda each: count(each["ranks"])), (lambda each: f"{each['peak_memory_gib']:.3g}")
-        return pivot(chosen, over, ranks, columns, held, "GiB", best=None)
+        return pivot(chosen, over, lambda each: count(each["ranks"]), columns, weight, "GiB (foretold)", best=None)
 
     return signed(records, sections(records, ("forward", "forward+backward"), draw))
+
+
+def weight(record: Record) -> str:
+    """The peak, and how much of it was said to be for other ranks' keys and gradients."""
+    foretold = record.get("predicted_gib")
+    return f"{record['peak_memory_gib']:.3g}" + (f" ({foretold:.3g})" if foretold else "")
 
 
 def count(ranks: int) -> str:

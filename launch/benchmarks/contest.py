@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from statistics import median
+from operator import itemgetter
+from statistics import fmean, median
 from typing import Any
 
 from ringattn.kernels.registry import KERNELS
 
 from ..oracle import Case
-from .across import Across, Local, busiest
+from .across import Across, busiest
 from .cases import describe, shape_of, tera_operations
 from .crew import Crew
 from .timing import Deadline, Meter
@@ -22,6 +23,8 @@ __all__ = ["Contest", "over_ranks"]
 
 TIMES = ("ahead", "synchronised")
 Figures = dict[str, Any]
+Turn = tuple[str, Any, str]  # what the stations are asked for, of what, and the pass
+Answers = dict[Turn, list[list[Any]]]  # of each turn, what the ranks answered in each round
 
 
 class Contest:
@@ -67,37 +70,50 @@ class Contest:
         return None
 
     def take_turns(self, passes: Sequence[str], rounds: int, meter: Meter, deadline: Deadline) -> list[dict[str, Any]]:
-        """Times everybody, in another order each round, until all rounds are over or the deadline is."""
-        samples: dict[tuple[str, str], list[Figures]] = {}
+        """Times everybody and, among them, what they are compared with, in another order each round, until all rounds
+        are over or the deadline is; what others are compared with once in any case."""
+        answers: Answers = {}
         order = random.Random(self.seed)
         for _ in range(rounds):
-            turns = [(name, which) for name in self.running for which in passes]
+            turns: list[Turn] = [("time", name, which) for name in self.running for which in passes]
+            others = (turn for each in self.running.values() for which in passes for turn in references(each, which))
+            turns += dict.fromkeys(others)
             order.shuffle(turns)
-            for name, which in turns:
-                if name not in self.running or self.crew.share(deadline.passed())[0]:
-                    continue  # it failed earlier in this round, or there is no time left
-                try:
-                    found = self.ask("time", self.running[name], which, meter)
-                except Failed as failure:
-                    self.exclude(name, str(failure))
-                    del self.running[name]
-                    continue
-                samples.setdefault((name, which), []).append(over_ranks(found))
-        references, rows = References(self, meter), []
+            for turn in turns:
+                spare = turn[0] == "time" or turn in answers
+                late = spare and self.crew.share(deadline.passed())[0]
+                found = None if late else self.time(turn, meter)
+                if found is not None:
+                    answers.setdefault(turn, []).append(found)
+        rows = []
         for name, which in product(list(self.running), passes):
-            if (name, which) in samples:
-                rows.append(self.row(self.running[name], which, samples[name, which], references))
+            if ("time", name, which) in answers:
+                rows.append(self.row(self.running[name], which, answers))
             else:
                 self.exclude(f"{name}, {which}", "the deadline passed")
         return rows
 
-    def row(self, each: Across, which: str, rounds: list[Figures], references: References) -> dict[str, Any]:
+    def time(self, turn: Turn, meter: Meter) -> list[Any] | None:
+        """What the ranks measured, or None if somebody failed, who then is out."""
+        command, subject, which = turn
+        if command == "time" and subject not in self.running:
+            return None  # it failed earlier in this round
+        try:
+            return self.ask(command, self.running[subject] if command == "time" else subject, which, meter)
+        except Failed as failure:
+            self.exclude(f"{subject}, {command}, {which}", str(failure))
+            if command == "time":
+                del self.running[subject]
+            return None
+
+    def row(self, each: Across, which: str, answers: Answers) -> dict[str, Any]:
         """A measurement in the fields of a record."""
+        rounds = [over_ranks(found) for found in answers["time", each.name, which]]
         ahead = [ms for found in rounds for ms in found["ahead"]]
         synchronised = [ms for found in rounds for ms in found["synchronised"]]
         middle, ranks = median(ahead), self.crew.size
-        alone, kernel = references.alone(which)
-        share = references.share(each.local, which) if each.kernel in KERNELS else None
+        alone, one_gpu_mhz, kernel = alone_on_a_gpu(which, answers)
+        share = self.share(each, which, answers)
         return (
             {"impl": each.name}
             | shape_of(self.case)
@@ -110,7 +126,9 @@ class Contest:
                 "exposed_ms": share and middle - share,
                 "tflops_per_gpu": 1e3 * tera_operations(self.case, which) / middle / ranks,
                 "efficiency": alone and alone / (ranks * middle),
+                "clock_mhz": clock(rounds),
                 "one_gpu_ms": alone,
+                "one_gpu_clock_mhz": one_gpu_mhz,
                 "one_gpu_impl": kernel and f"ringattn-{kernel}",
                 "ranks": ranks,
                 "kernel": each.kernel,
@@ -119,46 +137,60 @@ class Contest:
             | rounds[0]["expects"]
         )
 
-
-class References:
-    """What implementations are compared with, measured when first asked for; None where it cannot be."""
-
-    def __init__(self, contest: Contest, meter: Meter):
-        self.contest, self.meter = contest, meter
-        self.found: dict[Any, float | None] = {}
-
-    def alone(self, which: str) -> tuple[float | None, str | None]:
-        """The fastest GPU's time for the whole sequence, and the fastest of our kernels."""
-        kernels = {each.kernel: None for each in self.contest.running.values() if each.kernel in KERNELS}
-        times = {kernel: self.ms("time_alone", kernel, which, min) for kernel in kernels}
-        known = {kernel: ms for kernel, ms in times.items() if ms is not None}
-        best = min(known, key=known.__getitem__, default=None)
-        return (None, None) if best is None else (known[best], best)
-
-    def share(self, local: Local, which: str) -> float | None:
+    def share(self, each: Across, which: str, answers: Answers) -> float | None:
         """The slowest rank's time for its share of the work.
 
         Torch's kernels take no segments: theirs is the time of the whole sequence, in proportion to the pairs.
         """
-        if local.kernel not in BY_TORCH:
-            return self.ms("time_share", local, which, max)
-        whole = self.ms("time_torch", local.kernel, which, max)
-        return whole and whole * busiest(local, self.contest.case, self.contest.crew.size)
+        turn = next((turn for turn in references(each, which) if turn[0] != "time_alone"), None)
+        if turn not in answers:
+            return None
+        ms, _ = of_ranks(answers[turn], max)
+        return ms if turn[0] == "time_share" else ms * busiest(each.local, self.case, self.crew.size)
 
-    def ms(self, command: str, subject: Any, which: str, over: Callable[[list[float]], float]) -> float | None:
-        """The median on each rank, `over` all ranks."""
-        if (subject, which) not in self.found:
-            try:
-                answers = self.contest.ask(command, subject, which, self.meter)
-                self.found[subject, which] = over([median(answer) for answer in answers])
-            except Failed as failure:
-                self.contest.exclude(f"{command} {subject}, {which}", str(failure))
-                self.found[subject, which] = None
-        return self.found[subject, which]
+
+def references(each: Across, which: str) -> list[Turn]:
+    """What an implementation is compared with: one GPU's time for the whole sequence, and that for its share."""
+    if each.kernel not in KERNELS:
+        return []
+    share = ("time_torch", each.kernel, which) if each.kernel in BY_TORCH else ("time_share", each.local, which)
+    return [("time_alone", each.kernel, which), share]
+
+
+def alone_on_a_gpu(which: str, answers: Answers) -> tuple[float | None, float | None, str | None]:
+    """The fastest GPU's time for the whole sequence, its clock, and the fastest of our kernels; None if none was
+    timed."""
+    known = {
+        turn[1]: of_ranks(found, min) for turn, found in answers.items() if (turn[0], turn[2]) == ("time_alone", which)
+    }
+    best = min(known, key=lambda kernel: known[kernel][0], default=None)
+    return (None, None, None) if best is None else (*known[best], best)
+
+
+def of_ranks(rounds: list[list[Figures]], over: Callable[..., tuple]) -> tuple[float, float | None]:
+    """The median on each rank, `over` all ranks, and that one's clock.
+
+    Example:
+        >>> one, other = {"ahead": [1.0, 2.0], "mhz": 9.0}, {"ahead": [5.0], "mhz": None}
+        >>> of_ranks([[one, other], [one, other]], min), of_ranks([[one, other]], max)
+        ((1.5, 9.0), (5.0, None))
+    """
+    ranks = list(zip(*rounds, strict=True))
+    times = [median(ms for found in rank for ms in found["ahead"]) for rank in ranks]
+    return over(zip(times, (clock(rank) for rank in ranks), strict=True), key=itemgetter(0))
+
+
+def clock(found: Iterable[Figures]) -> float | None:
+    """The mean clock, if it is known."""
+    known = [each["mhz"] for each in found if each["mhz"] is not None]
+    return fmean(known) if known else None
 
 
 def over_ranks(found: list[Figures]) -> Figures:
-    """The slowest rank's time of each window, and the largest memory; what is expected is the same everywhere."""
+    """The slowest rank's time of each window, the largest memory and the slowest clock; what is expected is the same
+    everywhere."""
     memory = [each["gib"] for each in found if each["gib"] is not None]
+    clocks = [each["mhz"] for each in found if each["mhz"] is not None]
     slowest = {key: [max(times) for times in zip(*(each[key] for each in found), strict=True)] for key in TIMES}
-    return slowest | {"gib": max(memory, default=None), "expects": found[0]["expects"]}
+    most = {"gib": max(memory, default=None), "mhz": min(clocks, default=None)}
+    return slowest | most | {"expects": found[0]["expects"]}

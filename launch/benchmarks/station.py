@@ -112,20 +112,24 @@ class Station:
         before = self.allocated()
         with self.ready(each, which) as (work, x):
             self.reset_peak()
-            found: dict[str, Any] = meter.measure(work, self.device)
+            found = meter.measure(work, self.device)
             gib = self.peak(each, before) if self.device.type == "cuda" else None
             return found | {"gib": gib, "expects": each.expects(x, self.case, which)}
 
-    def weigh(self, each: Across, which: str) -> float:
-        """The most memory that one pass takes on this rank, inputs included, in GiB."""
+    def weigh(self, each: Across, which: str) -> dict[str, Any]:
+        """The most memory that one pass takes on this rank, inputs included, in GiB; and who ran, and the budget that
+        it named."""
         before = self.allocated()
         with self.ready(each, which) as (work, x):
             if self.device.type == "cuda":
                 self.reset_peak()
                 work()
-                return self.peak(each, before)
-            events = trace(work, self.device, memory=True)
-            return (most_allocated(events) + sum(tensor.nbytes for tensor in x)) / 2**30
+                gib = self.peak(each, before)
+            else:
+                events = trace(work, self.device, memory=True)
+                gib = (most_allocated(events) + sum(tensor.nbytes for tensor in x)) / 2**30
+            told = each.expects(x, self.case, which)
+            return {"peak_memory_gib": gib} | {key: told[key] for key in ("executor", "predicted_gib")}
 
     def follow(self, each: Across, which: str) -> list[Interval]:
         """When this rank computed and communicated in one pass that all ranks began together."""
@@ -142,21 +146,21 @@ class Station:
             slowest(0.0)
             return intervals(trace(steps, self.device))
 
-    def time_alone(self, kernel: str, which: str, meter: Meter) -> list[float]:
+    def time_alone(self, kernel: str, which: str, meter: Meter) -> dict[str, Any]:
         """One GPU, the whole sequence; all ranks do the same."""
         return self.time_local(Ours(kernel), self.case, which, meter)
 
-    def time_torch(self, kernel: str, which: str, meter: Meter) -> list[float]:
+    def time_torch(self, kernel: str, which: str, meter: Meter) -> dict[str, Any]:
         """The same with torch's own call of a kernel, without what our interface adds to it."""
         each = BY_TORCH[kernel] if self.device.type == "cuda" else Ours(kernel)
         return self.time_local(each, self.case, which, meter)
 
-    def time_share(self, local: Local, which: str, meter: Meter) -> list[float]:
+    def time_share(self, local: Local, which: str, meter: Meter) -> dict[str, Any]:
         """This rank's share of the work, all that it needs being there."""
         return self.time_local(Share(local, self.rank, self.size), self.case, which, meter)
 
-    def time_local(self, each: Implementation, case: Case, which: str, meter: Meter) -> list[float]:
-        """Milliseconds per step, the host running ahead."""
+    def time_local(self, each: Implementation, case: Case, which: str, meter: Meter) -> dict[str, Any]:
+        """What `meter` finds, the host running ahead."""
         x = each.prepare(make_inputs(case, self.seed, self.device), case)
         work = {
             "forward": lambda: each.forward(x, case),

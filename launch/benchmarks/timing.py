@@ -6,9 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .clock import Clock
 
 __all__ = ["FLUSH_BYTES", "Deadline", "Meter", "hold", "samples_ms", "slowest"]
 
@@ -16,6 +19,7 @@ __all__ = ["FLUSH_BYTES", "Deadline", "Meter", "hold", "samples_ms", "slowest"]
 # issued the call that follows, so that short kernels are timed and not their launches.
 FLUSH_BYTES = 2**30
 WARM_UP_MS = 50.0
+STEADY_MS = 150.0  # among ranks; within some 100 ms a GPU at its limit of power has found its clock
 HOLD_CYCLES = 2_000_000  # about a millisecond
 
 
@@ -79,22 +83,25 @@ class Meter:
     most: int = 5  # windows
     least: int = 3  # steps
 
-    def measure(self, work: Callable[[], object], device: torch.device) -> dict[str, list[float]]:
-        """Milliseconds per step on this rank: the host running ahead, and waiting after each step."""
-        steps, windows = self.plan(work, device)
-        return {
-            "ahead": [window_ms(work, device, steps) for _ in range(windows)],
-            "synchronised": [window_ms(work, device, 1, ahead=False) for _ in range(steps)],
-        }
+    def measure(self, work: Callable[[], object], device: torch.device) -> dict[str, Any]:
+        """`measure_ahead`, and the same with a wait after each step."""
+        found = self.measure_ahead(work, device)
+        found["synchronised"] = [window_ms(work, device, 1, ahead=False) for _ in range(found["steps"])]
+        return found
 
-    def measure_ahead(self, work: Callable[[], object], device: torch.device) -> list[float]:
-        """Milliseconds per step on this rank, the host running ahead."""
+    def measure_ahead(self, work: Callable[[], object], device: torch.device) -> dict[str, Any]:
+        """Milliseconds per step on this rank, the host running ahead; steps of each window, and the GPU's clock."""
         steps, windows = self.plan(work, device)
-        return [window_ms(work, device, steps) for _ in range(windows)]
+        clock = Clock(device)
+        times = [window_ms(work, device, steps, clock=clock) for _ in range(windows)]
+        return {"ahead": times, "steps": steps, "mhz": clock.mhz()}
 
     def plan(self, work: Callable[[], object], device: torch.device) -> tuple[int, int]:
-        """Steps of a window, and windows."""
+        """Steps of a window, and windows. Before, a GPU does the same work until it is as warm, and its clock as slow,
+        as this work makes them."""
         estimate = slowest(window_ms(work, device, 1))
+        if device.type == "cuda":
+            window_ms(work, device, math.ceil(STEADY_MS / estimate))
         steps = count(self.budget_ms, estimate, self.least, self.ahead)
         return steps, count(self.budget_ms, steps * estimate, 1, self.most)
 
@@ -112,7 +119,9 @@ def slowest(here: float) -> float:
     return shared.item()
 
 
-def window_ms(work: Callable[[], object], device: torch.device, steps: int, ahead: bool = True) -> float:
+def window_ms(
+    work: Callable[[], object], device: torch.device, steps: int, ahead: bool = True, clock: Clock | None = None
+) -> float:
     """Milliseconds per step of some steps in a row that all ranks begin together, the host ahead or not."""
     slowest(0.0)
     if device.type != "cuda":
@@ -124,9 +133,13 @@ def window_ms(work: Callable[[], object], device: torch.device, steps: int, ahea
     torch.cuda.synchronize(device)
     if ahead:
         hold(device)
+    if clock is not None:
+        clock.mark()
     begin.record()
     for _ in range(steps):
         work()
     end.record()
+    if clock is not None:
+        clock.mark()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / steps

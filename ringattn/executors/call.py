@@ -71,8 +71,8 @@ class Call:
 
 
 def with_room(call: Call) -> dict[str, int]:
-    """An option for a launch beside which messages travel: a kernel whose programs stay until the end leaves them the
-    multiprocessors that they need."""
+    """An option for a launch beside which narrow messages travel: a kernel whose programs stay until the end leaves
+    them the multiprocessors that they need. Beside others there is room."""
     if call.transport is None or not getattr(call.kernel, "yields", False):
         return {}
     return {"margin": call.transport.processors}

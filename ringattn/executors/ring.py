@@ -82,11 +82,11 @@ class Neighbours:
             receives = [Message(x, self.previous) for x in arriving]
         return sends, receives, arriving
 
-    def exchange(self, sends: list[Message], receives: list[Message]):
+    def exchange(self, sends: list[Message], receives: list[Message], *, narrow: bool = False):
         if not (sends or receives):
             return lambda: None
         assert self.call.transport is not None
-        return self.call.transport.exchange(sends, receives)
+        return self.call.transport.exchange(sends, receives, narrow=narrow)
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None) -> Pair:
@@ -105,7 +105,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = 
     shard: Pair | None = (k.contiguous(), v.contiguous())
     for step in range(plan.ranks):
         sends, receives, arriving = ring.pass_shard(step, shard)
-        wait = ring.exchange(sends, receives)
+        room = with_room(call) if sends or receives else {}
+        wait = ring.exchange(sends, receives, narrow=bool(room))
         if step in seeing:
             assert shard is not None
             running = call.kernel.forward(
@@ -115,7 +116,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = 
                 scale=call.scale,
                 running=running,
                 out_dtype=q.dtype if step == seeing[-1] else None,
-                **(with_room(call) if sends or receives else {}),
+                **room,
             )
         wait()
         shard = arriving

@@ -54,11 +54,13 @@ class TransportError(RuntimeError):
 class Transport(Protocol):
     """Carries messages; those between two ranks arrive in the order in which they were sent."""
 
-    processors: int  # multiprocessors that it needs for itself while messages are under way
+    processors: int  # multiprocessors that narrow messages need for themselves while they are under way
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
-        """Starts all messages of one step. The call returned waits for them: until then tensors being sent must
-        not be written, and tensors being filled not be read.
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], *, narrow: bool = False
+    ) -> Callable[[], None]:
+        """Starts all messages of one step, on few multiprocessors if they are narrow. The call returned waits for
+        them: until then tensors being sent must not be written, and tensors being filled not be read.
 
         Raises:
             TransportError: when waiting, if a peer does not answer within the deadline.

@@ -1,8 +1,8 @@
 """Messages over torch.distributed: NCCL between GPUs, gloo between CPUs.
 
 On GPUs they have communicators of their own, so that they wait for nobody else's collectives, on streams of high
-priority. Messages go beside attention and get few channels, since each takes a multiprocessor away from it; an
-all-gather is mostly waited for and gets many.
+priority: a narrow one for messages beside a launch that leaves them room, since each channel takes a multiprocessor
+away from it, and a wide one for all others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from ringattn.transport.interface import Message, Move, TransportError
 from ringattn.transport.watch import Expected, Watch
 
-__all__ = ["CHANNELS", "P2PTransport"]
+__all__ = ["P2PTransport"]
 
-CHANNELS = 4  # for messages: at 8192 tokens of 8 heads they bring 33 MB in the time that own keys take
-WIDE = 16  # for all-gathers
+NARROW, WIDE = 6, 16  # channels; at 8192 tokens of 8 heads six bring 33 MB in less time than own keys take
 ALL_BITS = 0xFF  # NaN in every floating dtype
 
 
@@ -52,30 +52,36 @@ class P2PTransport:
         self.group = group
         self.rank = dist.get_rank(group)
         self.deadline = deadline
-        self.nccl: Any = None  # a dist.ProcessGroupNCCL, which builds of torch for CPUs lack
-        self.wide: Any = None  # another, for all-gathers
+        self.narrow: Any = None  # a dist.ProcessGroupNCCL, which builds of torch for CPUs lack
+        self.wide: Any = None
         self.processors = 0
         self.watch: Watch | None = None
         self.gathering = AllgatherOptions()
         self.gathering.asyncOp = True
 
-    def connect(self, device: torch.device, gathers: bool) -> None:
-        """Makes NCCL's communicators, once; that for all-gathers when there will be any. Collective."""
+    def connect(self, device: torch.device, narrow: bool) -> None:
+        """Makes NCCL's communicators, once; the narrow one if it will be used. Collective."""
         if device.type != "cuda":
             return
         if self.watch is None:
             self.side = torch.cuda.Stream(device)
             self.watch = Watch(self.rank, self.deadline.total_seconds(), self.give_up)
-        if self.nccl is None:
-            self.nccl, self.processors = self.communicator("nccl", CHANNELS, device), CHANNELS
-        if gathers and self.wide is None:
+        if self.wide is None:
             self.wide = self.communicator("wide", WIDE, device)
+        if narrow and self.narrow is None:
+            self.narrow = self.communicator("narrow", NARROW, device, scattered=True)
+            self.processors = NARROW
 
-    def communicator(self, name: str, channels: int, device: torch.device) -> Any:
+    def communicator(self, name: str, channels: int, device: torch.device, *, scattered: bool = False) -> Any:
         """A new one, which all ranks have joined: in the first exchange of a sequence a rank with an empty shard has
-        nothing to say."""
+        nothing to say.
+
+        Each channel is a block of threads. NCCL has four of them start side by side or not at all, and the
+        multiprocessors that a launch leaves free do not lie so: unless `scattered`, messages wait until it ends."""
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options.config.max_ctas = channels
+        if scattered:
+            options.config.cga_cluster_size = 1
         options.global_ranks_in_group = dist.get_process_group_ranks(self.group)
         store = PrefixStore(f"ringattn/{self.group.group_name}/{name}", _get_default_store())
         with watchdog_off():
@@ -91,11 +97,16 @@ class P2PTransport:
             for tensor in coming:
                 tensor.view(-1).view(torch.uint8).fill_(ALL_BITS)
         self.side.synchronize()
-        for made in (self.nccl, self.wide):
-            if made is not None:
-                made.abort()
+        # All at once: an abort frees memory, and so waits for kernels, those of the other communicator among them.
+        aborts = [Thread(target=made.abort) for made in (self.narrow, self.wide) if made is not None]
+        for abort in aborts:
+            abort.start()
+        for abort in aborts:
+            abort.join()
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], *, narrow: bool = False
+    ) -> Callable[[], None]:
         """See `Transport.exchange`."""
         sends, receives = ([m for m in messages if m.tensor.numel()] for messages in (sends, receives))
         if not sends and not receives:  # an empty shard is not announced: every rank knows every length
@@ -104,12 +115,13 @@ class P2PTransport:
         if self.watch is not None:
             self.watch.check()
             expected = self.watch.expect(what, [message.tensor for message in receives])
-            self.nccl._start_coalescing()
+            nccl = self.narrow if narrow else self.wide
+            nccl._start_coalescing()
             for message in sends:
-                self.nccl.send([message.tensor], message.peer, 0)
+                nccl.send([message.tensor], message.peer, 0)
             for message in receives:
-                self.nccl.recv([message.tensor], message.peer, 0)
-            return self.following([self.nccl._end_coalescing()], expected, (sends, receives))
+                nccl.recv([message.tensor], message.peer, 0)
+            return self.following([nccl._end_coalescing()], expected, (sends, receives))
         with self.blaming(what):
             ops = [
                 dist.P2POp(operation, message.tensor, group=self.group, group_peer=message.peer)

@@ -101,7 +101,9 @@ class SimulatedTransport:
             clock.at(time, lambda: None if clock.dead(self.rank, time) else arrive())
         return time
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Callable[[], None]:
+    def exchange(
+        self, sends: Sequence[Message], receives: Sequence[Message], *, narrow: bool = False
+    ) -> Callable[[], None]:
         """See `Transport.exchange`."""
         contiguous(*(message.tensor for message in (*sends, *receives)))
         pending: set[tuple[str, int]] = set()

@@ -1,20 +1,39 @@
 """Every executor on all GPUs: results, a soak with delays, and the death of a rank."""
 
+import hashlib
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
 
+import ringattn
+from ringattn import ranks
+from ringattn.kernels.registry import choose_kernel
+from ringattn.launch.oracle import (
+    Case,
+    Result,
+    allowed_error,
+    attend_across_ranks,
+    attend_on_one_rank,
+    error,
+    exact,
+    make_inputs,
+)
 from tests.gang import run_ranks
 from tests.ranks import test_packed as packed
 from tests.ranks.test_attention import CASES, check_cases
-from tests.soak import die_in_the_middle, soak
+from tests.soak import compile_ahead, die_in_the_middle, soak
+from tests.tolerance import assert_close
 
 GPUS = torch.cuda.device_count()
 EXECUTORS = ["ring", "gather", "pull"]
 DEADLINE = 8.0  # longer than one rank compiles what another need not
+GANGS = 12  # that compile side by side
+BIT_EQUAL = [Case(8192, 1, 8, 2, 128, True, torch.bfloat16), Case(3000, 2, 4, 4, 64, False, torch.float16)]
+REPETITIONS = 10
 
 pytestmark = [pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"), pytest.mark.timeout(600)]
 
@@ -37,17 +56,54 @@ def test_packed_documents_and_windows(executor):
 def test_soak():
     """RINGATTN_SOAK sets the number of steps, each with one of the executors."""
     steps = int(os.environ.get("RINGATTN_SOAK", "1000"))
-    run_ranks(GPUS, soak, "cuda", tuple(EXECUTORS), steps, backend="nccl", timeout=580)
+    executors = tuple(EXECUTORS)
+
+    def ahead(part: int) -> None:
+        run_ranks(GPUS, compile_ahead, "cuda", executors, part, GANGS, backend="nccl", timeout=280)
+
+    with ThreadPoolExecutor(GANGS) as pool:
+        list(pool.map(ahead, range(GANGS)))
+    run_ranks(GPUS, soak, "cuda", executors, steps, backend="nccl", timeout=280)
 
 
-def die_soon(rank: int, executor: str) -> str:
-    from ringattn import ranks
-
+def die_soon(rank: int, executor: str, where: str) -> str:
     ranks.DEADLINE = timedelta(seconds=DEADLINE)
-    return die_in_the_middle(rank, "cuda", executor, DEADLINE)
+    return die_in_the_middle(rank, "cuda", executor, DEADLINE, where)
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_others_raise_when_a_rank_dies(executor):
-    said = run_ranks(GPUS, die_soon, executor, backend="nccl", timeout=100, dying=(GPUS - 1,))
+def test_others_raise_when_a_rank_dies(executor, where):
+    said = run_ranks(GPUS, die_soon, executor, where, backend="nccl", timeout=100, dying=(GPUS - 1,))
     assert all(f"waited {DEADLINE:g} s for" in message for message in said[:-1])
+
+
+def bits_of_results(rank: int, executors: tuple[str, ...]) -> list[str]:
+    """A digest of each result, the same from call to call, and near those of the other executors."""
+    digests = []
+    for case in BIT_EQUAL:
+        inputs = make_inputs(case, 0, "cuda")
+        right, baseline = (
+            exact(case, inputs),
+            attend_on_one_rank(choose_kernel("hopper", *inputs[:3]).kernel, case, inputs),
+        )
+        found = []
+        for executor in executors:
+            cp = ringattn.ContextParallel(kernel="hopper", executor=executor, deterministic=True)
+            first, *others = (attend_across_ranks(cp, case, inputs) for _ in range(REPETITIONS))
+            assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)), executor
+            assert_close(first, right, baseline)
+            digests += [hashlib.sha256(x.view(torch.uint8).cpu().numpy().tobytes()).hexdigest() for x in first]
+            found.append(first)
+        for other in found[1:]:
+            for name, a, b, base, x in zip(Result._fields, found[0], other, baseline, right, strict=True):
+                assert error(a, b.double()) <= allowed_error(base, x), name
+    return digests
+
+
+@pytest.mark.skipif(GPUS < 2 or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
+def test_bit_equal_from_run_to_run():
+    """All gradients, dq too, with the Hopper kernels: from call to call and in new processes."""
+    first, second = (run_ranks(GPUS, bits_of_results, tuple(EXECUTORS), backend="nccl", timeout=140) for _ in range(2))
+    assert first == second
+    assert first[0] == first[1]

@@ -25,7 +25,8 @@ from tests.launch.jobs import Soon
 from tests.launch.test_bench import FIELDS
 
 RESULT = FIELDS - {"min_ms", "max_ms"}
-ADDED = {"executor", "predicted_ms", "synchronised_ms", "exposed_ms", "one_gpu_ms", "one_gpu_impl", "ranks", "kernel"}
+ADDED = {"executor", "predicted_ms", "predicted_gib", "synchronised_ms", "exposed_ms", "ranks", "kernel", "clock_mhz"}
+ADDED |= {"one_gpu_ms", "one_gpu_impl", "one_gpu_clock_mhz"}
 SHAPE = {"tokens": [24], "q_heads": 4, "kv_heads": 2, "head_dim": 16, "patience": 60.0}
 QUICK = {"rounds": 1, "budget_ms": 1.0}
 OURS = "ringattn-aten-ring-zigzag"
@@ -230,7 +231,7 @@ def test_memory_of_the_ring_does_not_grow_with_it(gang):
     assert held[OURS, "forward", 2] == held[OURS, "forward", 1] > 4 * 24 * 4 * 16 * 4 / 2**30
     assert held["allgather", "forward", 2] > 1.2 * held["allgather", "forward", 1]
     for each in records:
-        assert set(each) == RESULT | {"ranks", "kernel"}
+        assert set(each) == RESULT | {"ranks", "kernel", "executor", "predicted_gib"}
         assert each["seq_len"] == 24 * each["ranks"]
     assert "| 24              | ringattn-aten-ring-zigzag | forward " in gang[0]["memory"][1]
 

@@ -29,7 +29,8 @@ def kernels() -> list[dict]:
 
 
 def foretold(name: str) -> dict:
-    return {"executor": "pull", "predicted_ms": 1.5 if "auto" in name else None}
+    clocks = {"clock_mhz": 1250.0 if "auto" in name else None, "one_gpu_clock_mhz": 1500.0}
+    return {"executor": "pull", "predicted_ms": 1.5 if "auto" in name else None} | clocks
 
 
 def scaling() -> list[dict]:
@@ -118,6 +119,15 @@ def test_committed_records_have_the_fields_that_they_should(bench: str):
         assert not json.loads(line)["dirty"]
 
 
+def test_executors_kept_to_the_memory_that_they_foretold():
+    records = read(ROOT / "docs" / "benchmarks", "memory")
+    alone = {(each["impl"], each["pass"]): each["peak_memory_gib"] for each in records if each["ranks"] == 1}
+    foretold = [each for each in records if each["predicted_gib"] is not None]
+    for each in foretold:
+        assert each["peak_memory_gib"] <= alone[each["impl"], each["pass"]] + each["predicted_gib"], each["impl"]
+    assert {each["executor"] for each in foretold} == {"ring", "gather", "pull"}
+
+
 @pytest.mark.parametrize("benches", [[], *([name] for name in RECORDS), list(RECORDS)], ids=" ".join)
 def test_any_records_make_pages(root: Path, benches: list[str]):
     for name in benches:
@@ -140,6 +150,7 @@ def test_what_the_tables_say(root: Path):
     lines = [" ".join(line.split()) for line in (root / "docs" / "benchmarks.md").read_text().splitlines()]
     assert "| causal, 5000, 8:2 heads of 64 | **215 (1.02)** | 211 |" in lines
     assert "| ulysses (cudnn) | 123 (50%), 2.00, 0.25 | 123 (50%), 2.00, 0.25 |" in lines
+    assert "| ringattn-triton-auto-zigzag | 60%, 1250, 1500 | 60%, 1250, 1500 |" in lines
     assert "| ulysses (aten) | 0.5 | 0.5 |" in lines
     assert "| ringattn-triton-auto-zigzag | 1.50, 2.00 (pull) | 1.50, 2.00 (pull) |" in lines
     assert "| dq, rounded-partials-triton | 1.00e-03 | 1.00e-03 |" in lines

@@ -19,10 +19,11 @@ CPU = torch.device("cpu")
 
 def test_the_slowest_rank_counts():
     ranks = [
-        {"ahead": [1.0, 5.0], "synchronised": [3.0], "gib": 0.5, "expects": {}},
-        {"ahead": [2.0, 4.0], "synchronised": [2.0], "gib": 0.75, "expects": {}},
+        {"ahead": [1.0, 5.0], "synchronised": [3.0], "gib": 0.5, "mhz": 1400.0, "expects": {}},
+        {"ahead": [2.0, 4.0], "synchronised": [2.0], "gib": 0.75, "mhz": 1500.0, "expects": {}},
     ]
-    assert over_ranks(ranks) == {"ahead": [2.0, 5.0], "synchronised": [3.0], "gib": 0.75, "expects": {}}
+    slowest = {"ahead": [2.0, 5.0], "synchronised": [3.0], "gib": 0.75, "mhz": 1400.0, "expects": {}}
+    assert over_ranks(ranks) == slowest
 
 
 def peers_without_a_gpu(rank):
