@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +61,17 @@ class HopperKernel(TritonKernel):
         launch = module("hopper_forward_launch")
         return launch.forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
+    def begin(self, q: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float) -> dict[str, Any]:
+        """What the launches of one backward share, as options of `backward`; it needs no keys."""
+        if max(q.shape[-1], v.shape[-1]) > WIDEST:
+            return {}
+        dq, pieces = module("hopper_backward_launch").begin(q, lse, delta, scale)
+        return {"dq": dq, "pieces": pieces}
+
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, pieces=None):
+        """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
         launch = module("hopper_backward_launch")
-        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told)
+        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told, pieces)

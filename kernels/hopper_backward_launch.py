@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from itertools import accumulate
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,13 +16,13 @@ from .launching import launch
 from .segments import Segments
 from .tiles import Work, key_tiles, to_device
 from .triton_arguments import block_width
-from .triton_launch import positive, section
+from .triton_launch import positive, section, start_sum
 from .turns import Turns, turns_of
 
-__all__ = ["backward"]
+__all__ = ["backward", "begin"]
 
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
-PREPARED = 256  # rows of a program of `prepare_kernel`
+PREPARED = 64  # rows of a program of `prepare_kernel`
 LOG2E = 1.4426950408889634
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
 
@@ -52,11 +51,11 @@ def backward(
     dk: Tensor | None,
     dv: Tensor | None,
     deterministic: bool,
+    pieces: Described | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128.
+    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from `begin`.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
-    A fresh dq has its heads before its rows in memory: adding to it touches fewer pages.
     """
     batch, rows, heads, d = q.shape
     _, keys, groups, e = v.shape
@@ -71,15 +70,13 @@ def backward(
     shape = tiles, units * shares, side, processors(q.device)
     order, runs = segments.derive((backward, keys, *shape, q.device), lambda _: placed(work, shape, q.device))
     onto = running or shares > 1
-    if onto and dq is None and not running:
-        dq, dk, dv = all_zero(q, k, v)
-    start = torch.zeros if onto else torch.empty
-    dk, dv = (
-        start(x.shape, dtype=torch.float32, device=x.device) if total is None else total
-        for x, total in ((k, dk), (v, dv))
-    )
-    if dq is None:
-        dq = torch.zeros(batch, heads, rows, d, dtype=torch.float32, device=q.device).transpose(1, 2)
+    if running:
+        dk, dv = start_sum(k, dk, onto), start_sum(v, dv, onto)
+    else:
+        dk, dv = room(k, v, onto)
+    if pieces is None:
+        dq, pieces = begin(q, lse, delta, scale, dq)
+    assert dq is not None
     cells = -(-rows // BLOCK)
     if deterministic:
         turns = segments.derive((turns_of, keys, q.device), lambda _: turns_of(work, BLOCK).to(q.device))
@@ -93,7 +90,7 @@ def backward(
         (len(order), 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
-            prepared(lse, delta, scale, q.dtype),
+            pieces,
             *sums, order, runs, *turns, counters, scale, scale * LOG2E, cells,
         ),
         (),
@@ -108,21 +105,11 @@ def backward(
     return dq, dk, dv
 
 
-def all_zero(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """dq, dk and dv from zero, in one piece of memory: the host pays for each launch."""
-    total, places = laid_out(q.shape, k.shape, v.shape)
-    zeros = torch.zeros(total, dtype=torch.float32, device=q.device)
-    return [zeros.as_strided(*place) for place in places]
-
-
-@lru_cache(1024)
-def laid_out(q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[int, list[tuple[torch.Size, tuple[int, ...], int]]]:
-    """How many numbers, and where in them dq, dk and dv are: shape, strides, place of the first."""
-    _, rows, heads, d = q
-    of_dq = (heads * rows * d, d, rows * d, 1)  # heads before rows
-    of_dk, of_dv = ((x[1] * x[2] * x[3], x[2] * x[3], x[3], 1) for x in (k, v))
-    ends = [*accumulate(x.numel() for x in (q, k, v))]
-    return ends[2], [(q, of_dq, 0), (k, of_dk, ends[0]), (v, of_dv, ends[1])]
+def room(k: Tensor, v: Tensor, zero: bool) -> tuple[Tensor, Tensor]:
+    """For dk and dv, in one piece of memory: the host pays for each."""
+    cut = k.numel()
+    both = (torch.zeros if zero else torch.empty)(cut + v.numel(), dtype=torch.float32, device=k.device)
+    return both[:cut].view(k.shape), both[cut:].view(v.shape)
 
 
 class Lowered(NamedTuple):
@@ -163,15 +150,21 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
-def prepared(lse: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Described:
-    """lse and delta [B, H, L] in pieces, [B * H, L, PIECES]: see `hopper_prepare.py`."""
-    batch, heads, rows = lse.shape
-    form = form_of_pieces(batch * heads, rows, dtype)
-    pieces = torch.empty(form.shape, dtype=dtype, device=lse.device)
+def begin(q: Tensor, lse: Tensor, delta: Tensor, scale: float, dq: Tensor | None = None) -> tuple[Tensor, Described]:
+    """What all launches share: dq, zero unless given, and lse and delta [B, H, L] in pieces, [B * H, L, PIECES]; see
+    `hopper_prepare.py`. A fresh dq has its heads before its rows in memory: adding to it touches fewer pages."""
+    batch, rows, heads, d = q.shape
+    form = form_of_pieces(batch * heads, rows, q.dtype)
+    pieces = torch.empty(form.shape, dtype=q.dtype, device=q.device)
+    zeros = None
+    if dq is None:
+        zeros = torch.empty(batch, heads, rows, d, dtype=torch.float32, device=q.device)
+        dq = zeros.transpose(1, 2)
     total = lse.numel()
-    operands = lse.contiguous(), delta.contiguous(), pieces, scale, total
-    launch(prepare_kernel, lse.device, (-(-total // PREPARED), 1, 1), operands, (), (("BLOCK", PREPARED),))
-    return Described(pieces, form)
+    operands = lse.contiguous(), delta.contiguous(), pieces, zeros, positive(scale), total
+    constants = ("D", d), ("BLOCK", PREPARED), ("BLOCK_D", block_width(d))
+    launch(prepare_kernel, q.device, (-(-total // PREPARED), 1, 1), operands, (), constants)
+    return dq, Described(pieces, form)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""lse and delta as the Hopper backward takes them: in pieces, for its matrix units.
+"""What launches of the Hopper backward begin with: lse and delta in pieces, for its matrix units, and dQ from zero.
 
 Every score of a row takes -lse / scale of that row, every element of dO V^T takes -delta. As vectors in shared memory
 they cost a quarter of what all products of a block read, because each lane of each warp reads its own copy. So they are
@@ -24,8 +24,9 @@ HIGHEST = tl.constexpr(2.0**30)
 
 
 @triton.jit(do_not_specialize=["TOTAL"])
-def prepare_kernel(lse, delta, pieces, scale, TOTAL, BLOCK: tl.constexpr):
-    """pieces [TOTAL, PIECES] of lse and delta [TOTAL]. A row that sees nothing, lse -inf, gets P = 0."""
+def prepare_kernel(lse, delta, pieces, dq, scale, TOTAL, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """pieces [TOTAL, PIECES] of lse and delta [TOTAL], and zeros in dq [TOTAL, D], unless it is None. A row that sees
+    nothing, lse -inf, gets P = 0."""
     o_row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = o_row < TOTAL
     b_lse = tl.load(lse + o_row, mask=valid, other=0.0)
@@ -43,3 +44,6 @@ def prepare_kernel(lse, delta, pieces, scale, TOTAL, BLOCK: tl.constexpr):
     i_piece = (o_column % DELTA)[None, :]
     b_piece = tl.where(i_piece == 0, b_0, tl.where(i_piece == 1, b_1, tl.where(i_piece == 2, b_2, tl.zeros_like(b_0))))
     tl.store(pieces + o_row[:, None] * PIECES + o_column[None, :], b_piece, mask=valid[:, None])
+    if dq is not None:
+        o_d = tl.arange(0, BLOCK_D)[None, :]
+        tl.store(dq + o_row[:, None] * D + o_d, tl.zeros([BLOCK, BLOCK_D], tl.float32), mask=valid[:, None] & (o_d < D))

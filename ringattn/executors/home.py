@@ -12,7 +12,7 @@ is fp32 in a fixed order, and rounded once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,15 +44,16 @@ class Backward:
         self.call = call
         self.dout, self.q, self.k, self.v = dout, q, k, v
         self.out, self.lse, self.delta = out, lse, delta
-        self.dq: Tensor | None = None
+        begin = getattr(call.kernel, "begin", None)  # what launches share, if the kernel makes something of it
+        self.running: dict[str, Any] = begin(q, v, lse, delta, call.scale) if begin else {}
         cut = k.shape[1] // 2 if call.schedule.halves and call.plan.ranks > 1 else 0
         self.first, self.last = (slice(cut, k.shape[1]), slice(0, cut)) if cut else (None, slice(0, k.shape[1]))
         self.own: list[Part] = []
 
     def differentiate(self, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """dk and dv of some keys, contiguous; adds to dq."""
-        self.dq, dk, dv = self.call.kernel.backward(
-            self.dout, self.q, k, v, self.out, self.lse, self.delta, segments, scale=self.call.scale, dq=self.dq
+        self.running["dq"], dk, dv = self.call.kernel.backward(
+            self.dout, self.q, k, v, self.out, self.lse, self.delta, segments, scale=self.call.scale, **self.running
         )
         return dk.contiguous(), dv.contiguous()
 
@@ -67,19 +68,19 @@ class Backward:
     def settle(self, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order. All
         are in fp32, but dk and dv in the dtype of k and v where they are put together of halves."""
-        assert self.dq is not None
+        dq = self.running["dq"]
         for own in self.own:
             for part in parts:
                 start, stop = max(own.keys.start, part.keys.start), min(own.keys.stop, part.keys.stop)
                 if start < stop:
                     add(own.within(start, stop), part.within(start, stop))
         if len(self.own) == 1:
-            return self.dq, self.own[0].dk, self.own[0].dv
+            return dq, self.own[0].dk, self.own[0].dv
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (self.k, self.v))
         for own in self.own:
             dk[:, own.keys].copy_(own.dk)
             dv[:, own.keys].copy_(own.dv)
-        return self.dq, dk, dv
+        return dq, dk, dv
 
 
 def add(sums: Part, parts: Part) -> None:

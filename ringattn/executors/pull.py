@@ -261,8 +261,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's queries, keys and values; see `ring.backward`."""
     there = map_of(call, k, v, gradients=True)
-    symmetric, work = there.symmetric, Backward(call, dout, q, k, v, out, lse, delta)
+    symmetric = there.symmetric
     there.bring(k, v)
+    work = Backward(call, dout, q, k, v, out, lse, delta)
     work.own_keys(work.first)
     symmetric.hear(KEYS, there.poison)
     grads = work.differentiate(there.k, there.v, there.segments)

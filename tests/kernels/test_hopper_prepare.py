@@ -21,9 +21,12 @@ def test_pieces_add_up(dtype: torch.dtype):
     lse, delta = (torch.randn(2, rows, generator=generator) * torch.logspace(-4, 6, rows)).to(DEVICE)
     lse[7] = -torch.inf
     pieces = torch.full((rows + 1, columns), torch.nan, dtype=dtype, device=DEVICE)
+    dq = torch.full((rows + 1, 24), torch.nan, device=DEVICE)
     launch: Any = prepare_kernel[(-(-rows // block),)]
-    launch(lse, delta, pieces, SCALE, rows, BLOCK=block)
+    launch(lse, delta, pieces, dq, SCALE, rows, D=24, BLOCK=block, BLOCK_D=32)
     assert pieces[rows].isnan().all(), "written past the end"
+    assert dq[rows].isnan().all(), "written past the end"
+    assert dq[:rows].eq(0).all()
     weights = torch.zeros(columns, 2, dtype=torch.float64, device=DEVICE)
     for i, weight in enumerate((WEIGHT_0, WEIGHT_1, WEIGHT_2)):
         weights[i, 0] = weights[DELTA.value + i, 1] = weight.value
