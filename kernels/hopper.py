@@ -29,7 +29,6 @@ class HopperKernel(TritonKernel):
     caps_scores = False
     waits = True  # forward takes an `Arrival`
     yields = True  # forward takes a `margin`
-    any_order = True  # of dq's sums, unless told otherwise
 
     def __init__(self, deterministic: bool | None = None):
         self.deterministic = deterministic

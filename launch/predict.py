@@ -7,38 +7,61 @@ from __future__ import annotations
 
 import argparse
 
-from ringattn.cost import KERNEL_RATES, Workload, choose_executor
+from ringattn.cost import Workload, choose_executor
 from ringattn.plan import make_plan
+from ringattn.rates import KERNEL_RATES, LAUNCH
 
-__all__ = ["main"]
+__all__ = ["dense", "efficiencies", "main"]
+
+H200 = 141 * 10**9  # bytes
+
+
+def dense(
+    tokens: int,
+    ranks: int,
+    *,
+    kernel: str = "hopper",
+    layout: str = "zigzag",
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    same_node: bool = True,
+) -> Workload:
+    """Causal attention of one sequence, with so many tokens on each rank, in 16 bits on H200s."""
+    return Workload(
+        plan=make_plan(layout, tokens * ranks, ranks, causal=True),
+        kernel=kernel,
+        batch=1,
+        q_heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        itemsize=2,
+        same_node=same_node,
+        waits=kernel == "hopper",
+        memory=H200,
+    )
+
+
+def efficiencies(load: Workload, forward: float, backward: float) -> tuple[float, float]:
+    """Strong-scaling efficiency, forward and of both passes, if these take so many seconds: one GPU's time for all of
+    the sequence over P times this one."""
+    ranks = range(load.plan.ranks)
+    once, again = (sum(load.compute(r, s, back) for r in ranks for s in ranks) + LAUNCH for back in (False, True))
+    return once / (load.plan.ranks * forward), (once + again) / (load.plan.ranks * (forward + backward))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokens", type=int, help="on each rank")
     parser.add_argument("ranks", type=int)
-    parser.add_argument("--kernel", default="triton", choices=KERNEL_RATES)
+    parser.add_argument("--kernel", default="hopper", choices=KERNEL_RATES)
     parser.add_argument("--layout", default="zigzag")
     parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("Q", "KV"))
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--across-nodes", action="store_true")
-    chosen = parser.parse_args()
-    plan = make_plan(chosen.layout, chosen.tokens * chosen.ranks, chosen.ranks, causal=True)
-    q_heads, kv_heads = chosen.heads
-    load = Workload(
-        plan=plan,
-        kernel=chosen.kernel,
-        batch=1,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=chosen.head_dim,
-        v_head_dim=chosen.head_dim,
-        itemsize=2,
-        same_node=not chosen.across_nodes,
-        waits=chosen.kernel == "hopper",
-        memory=141 * 10**9,
-    )
-    print(choose_executor("auto", load))
+    given = vars(parser.parse_args())
+    given["same_node"] = not given.pop("across_nodes")
+    print(choose_executor("auto", dense(given.pop("tokens"), given.pop("ranks"), **given)))
 
 
 if __name__ == "__main__":

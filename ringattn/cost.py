@@ -15,47 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import pairwise
-from math import log
 from typing import NamedTuple
 
 from ringattn.executors.axis import slots, span
 from ringattn.executors.call import Schedule
 from ringattn.executors.pull import remote_axis, slot_of
 from ringattn.plan import Plan
+from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, beside, seconds
 
-__all__ = ["KERNEL_RATES", "LINKS", "Choice", "Prediction", "Workload", "choose_executor", "predict"]
+__all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
-Curve = tuple[tuple[float, float], ...]  # (bytes, bytes a second), from small to large
-
-
-class KernelRate(NamedTuple):
-    """Operations a second of long sequences, forward and backward."""
-
-    forward: float
-    backward: float
-
-
-# Measured on an H200, bf16, 32:8 heads, head dim 128, causal: docs/benchmarks/kernel.jsonl, scaling.jsonl.
-KERNEL_RATES = {
-    "hopper": KernelRate(680e12, 555e12),
-    "triton": KernelRate(510e12, 425e12),
-    "cudnn": KernelRate(589e12, 537e12),
-    "aten": KernelRate(345e12, 322e12),
-    "reference": KernelRate(10e12, 10e12),
-}
-MB = 1e6
-LINKS: dict[str, Curve] = {  # two H200s; NCCL on as many channels as `transport.p2p` takes
-    "p2p": ((1 * MB, 23e9), (4.2 * MB, 89e9), (16.8 * MB, 131e9), (67 * MB, 157e9), (268 * MB, 304e9)),
-    "all-gather": ((1 * MB, 26e9), (4.2 * MB, 101e9), (16.8 * MB, 167e9), (67 * MB, 203e9), (268 * MB, 215e9)),
-    "copy engine": ((1 * MB, 73e9), (4.2 * MB, 205e9), (16.8 * MB, 331e9), (67 * MB, 362e9), (268 * MB, 371e9)),
-}
-LAUNCH = 25e-6  # seconds to fill and drain the GPU
-MEETING = 10e-6  # seconds for ranks to hear from each other on the GPU
-MEMORY = 3.5e12  # bytes a second to and from memory
-BESIDE = {"p2p": 1.3, "copy engine": 1.09}  # how much slower attention is beside such traffic
-# Seconds of the host; a backward begins in a thread of torch's that has to wake up.
-HOST = {"call": 50e-6, "backward": 600e-6, "launch": 35e-6, "travel": 40e-6, "copy": 8e-6, "message": 150e-6}
 TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
 ALIKE = 0.01  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
@@ -75,6 +44,11 @@ class Workload(NamedTuple):
     same_node: bool  # ranks reach each other's memory
     waits: bool  # the kernel can wait for keys while it runs
     memory: int  # bytes of a GPU
+
+    @property
+    def slowest(self) -> str:
+        """The link that messages between neighbours take, somewhere."""
+        return "p2p" if self.same_node else "network"
 
     @property
     def token_bytes(self) -> int:
@@ -137,24 +111,6 @@ class Choice(NamedTuple):
         return "\n".join([f"{self.executor} ({self.reason})", *(f"  {p}" for p in self.predictions)])
 
 
-def seconds(link: str, nbytes: float) -> float:
-    """To carry so many bytes: what was measured, interpolated in logarithms."""
-    curve = LINKS[link]
-    if nbytes <= curve[0][0]:
-        return curve[0][0] / curve[0][1] if nbytes else 0.0
-    for (small, slow), (large, fast) in pairwise(curve):
-        if nbytes <= large:
-            share = log(nbytes / small) / log(large / small)
-            return (small / slow) ** (1 - share) * (large / fast) ** share
-    return nbytes / curve[-1][1]
-
-
-def beside(compute: float, travel: float, link: str) -> float:
-    """Both at once: attention is slower as long as the traffic lasts."""
-    slowed = compute + min(travel, compute) * (1 - 1 / BESIDE[link])
-    return max(slowed, travel)
-
-
 def predict(load: Workload) -> Iterator[Prediction]:
     """Every executor that can run this, with the schedules worth trying."""
     yield predict_ring(load)
@@ -172,17 +128,18 @@ def predict(load: Workload) -> Iterator[Prediction]:
 def predict_ring(load: Workload) -> Prediction:
     plan, ranks = load.plan, range(load.plan.ranks)
     shard = max(plan.layout.lengths)
-    hop, home = seconds("p2p", shard * load.token_bytes), seconds("p2p", shard * load.gradient_bytes)
-    both = seconds("p2p", shard * (load.token_bytes + load.gradient_bytes))
+    link = load.slowest  # what every hop waits for
+    hop, home = seconds(link, shard * load.token_bytes), seconds(link, shard * load.gradient_bytes)
+    both = seconds(link, shard * (load.token_bytes + load.gradient_bytes))
     onward, back = [], []  # what each rank does at each step
     for rank in ranks:
         steps = [load.compute(rank, (rank - t) % plan.ranks) + LAUNCH for t in ranks]
         merge = load.merge(rank)
-        onward.append([beside(step, hop, "p2p") + merge for step in steps[:-1]] + [steps[-1]])
+        onward.append([beside(step, hop, link) + merge for step in steps[:-1]] + [steps[-1]])
         steps = [load.compute(rank, (rank - t) % plan.ranks, True) + LAUNCH for t in ranks]
         halves = steps[0] / 4, steps[0] * 3 / 4
-        middle = [beside(step, both if t > 1 else hop, "p2p") + merge for t, step in enumerate(steps[1:], 1)]
-        back.append([beside(halves[0], hop, "p2p"), *middle, beside(halves[1], home, "p2p") + merge])
+        middle = [beside(step, both if t > 1 else hop, link) + merge for t, step in enumerate(steps[1:], 1)]
+        back.append([beside(halves[0], hop, link), *middle, beside(halves[1], home, link) + merge])
     forward, backward = round_the_ring(onward), round_the_ring(back)
     issued = HOST["call"] + plan.ranks * HOST["launch"] + (plan.ranks - 1) * HOST["message"]
     issued_back = HOST["backward"] + (plan.ranks + 1) * 2 * HOST["launch"] + plan.ranks * HOST["message"]
@@ -207,10 +164,11 @@ def round_the_ring(steps: list[list[float]]) -> float:
 
 
 def predict_gather(load: Workload, groups: int) -> Prediction:
+    """Across nodes keys come through the ports of all GPUs of a node, at NVLink's rate; gradients through one's own."""
     plan, ranks = load.plan, range(load.plan.ranks)
     shard, length = max(plan.layout.lengths), slots(plan, 0).length
     travel = seconds("all-gather", (length - shard) * load.token_bytes / groups)
-    home = seconds("p2p", (length - shard) * load.gradient_bytes)
+    home = seconds(load.slowest, (length - shard) * load.gradient_bytes)
     forward = backward = 0.0
     for rank in ranks:
         compute = sum(load.compute(rank, source) for source in ranks) / groups + LAUNCH
@@ -218,7 +176,7 @@ def predict_gather(load: Workload, groups: int) -> Prediction:
         own = load.compute(rank, rank, True)
         remote = sum(load.compute(rank, source, True) for source in ranks) - own + LAUNCH
         come = seconds("all-gather", (length - shard) * load.token_bytes)
-        taken = beside(own / 4, come, "p2p") + remote + beside(own * 3 / 4, home, "p2p")
+        taken = beside(own / 4, come, "p2p") + remote + beside(own * 3 / 4, home, load.slowest)
         backward = max(backward, taken + 2 * (LAUNCH + load.merge(rank)))
         forward += load.merge(rank) / 2 if groups > 1 else 0.0  # results of the groups are put together
     issued = HOST["call"] + groups * (HOST["launch"] + HOST["travel"])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
-import torch
-import torch.utils.deterministic
 from torch import Tensor
 
+from ringattn.kernels.interface import Kernel
 from ringattn.kernels.registry import KERNELS
 from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
@@ -25,42 +22,32 @@ __all__ = ["FlashAttention4", "Ours", "local_implementations"]
 class Ours(Implementation):
     """A kernel of this package over the one segment that is the whole sequence."""
 
-    def __init__(self, kernel: str, deterministic: bool = False):
-        self.kernel = kernel
-        self.name = f"ringattn-{kernel}" + "-deterministic" * deterministic
+    def __init__(self, named: str, deterministic: bool = False):
+        self.named = named
+        self.name = f"ringattn-{named}" + "-deterministic" * deterministic
         self.deterministic = deterministic
 
+    @property
+    def kernel(self) -> Kernel:
+        found: Any = KERNELS[self.named]
+        return found.ordered(True) if self.deterministic else found
+
     def refuses(self, x: Inputs, case: Case) -> str | None:
-        return KERNELS[self.kernel].refuses(x.q, x.k, x.v)
+        return self.kernel.refuses(x.q, x.k, x.v)
 
     def segments(self, case: Case) -> Segments:
         return make_plan("contiguous", case.seq_len, 1, **case.mask).segments(0, 0)
 
     def forward(self, x: Inputs, case: Case) -> Saved:
         segments, scale = self.segments(case), case.head_dim**-0.5
-        out, lse = KERNELS[self.kernel].forward(x.q, x.k, x.v, segments, scale=scale, out_dtype=x.q.dtype)
+        out, lse = self.kernel.forward(x.q, x.k, x.v, segments, scale=scale, out_dtype=x.q.dtype)
         return out, lse, segments, scale
 
     def backward(self, x: Inputs, saved: Saved, case: Case) -> tuple[Tensor, ...]:
         out, lse, segments, scale = saved
-        delta = KERNELS[self.kernel].row_delta(x.dout, out)
-        with told_to_be_deterministic() if self.deterministic else nullcontext():
-            grads = KERNELS[self.kernel].backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, scale=scale)
-        return KERNELS[self.kernel].rounded(grads, x.q.dtype)
-
-
-@contextmanager
-def told_to_be_deterministic() -> Iterator[None]:
-    """torch's switch, without what it does to new memory: filling that is no part of a kernel."""
-    switch: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    switch.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        switch.fill_uninitialized_memory = before[1]
+        delta = self.kernel.row_delta(x.dout, out)
+        grads = self.kernel.backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, scale=scale)
+        return self.kernel.rounded(grads, x.q.dtype)
 
 
 class FlashAttention4(Differentiated):
@@ -83,8 +70,8 @@ class FlashAttention4(Differentiated):
 def local_implementations() -> dict[str, Implementation]:
     """All that this bench knows, by name: our kernels first, then the peers.
 
-    A kernel that sums in any order unless torch is told to be deterministic appears in both ways.
+    A kernel whose order of sums is a choice appears in both ways.
     """
     ours = [Ours(name) for name in KERNELS]
-    ours += [Ours(name, deterministic=True) for name, each in KERNELS.items() if getattr(each, "any_order", False)]
+    ours += [Ours(name, deterministic=True) for name, each in KERNELS.items() if hasattr(each, "ordered")]
     return {each.name: each for each in (*ours, TorchFlash(), TorchCudnn(), TorchMath(), FlashAttention4())}

@@ -118,13 +118,18 @@ def test_what_was_measured_before_the_deadline_is_kept(capsys, monkeypatch):
     assert f"{TOY}: no figure for ringattn-aten, {missing}: the deadline passed" in capsys.readouterr().out
 
 
-def test_patterns_choose_and_a_kernel_with_a_switch_appears_in_both_ways(monkeypatch):
-    class Switched(AtenKernel):
-        any_order = True
+def test_patterns_choose_and_a_kernel_with_a_choice_of_orders_appears_in_both_ways(monkeypatch):
+    class Ordered(AtenKernel):
+        used = 0
 
         def backward(self, *arguments, **options):
-            assert torch.are_deterministic_algorithms_enabled()
+            Ordered.used += 1
             return super().backward(*arguments, **options)
+
+    class Switched(AtenKernel):
+        def ordered(self, deterministic: bool) -> AtenKernel:
+            assert deterministic
+            return Ordered()
 
     monkeypatch.setitem(implementations.KERNELS, "swift", Switched())
     names = [each.name for each in kernel.KernelBench(implementations=["*swift*", "*-swift"]).chosen(CPU)]
@@ -134,7 +139,7 @@ def test_patterns_choose_and_a_kernel_with_a_switch_appears_in_both_ways(monkeyp
     each, case = implementations.local_implementations()[names[1]], named_case(TOY, torch.float32)
     x = make_inputs(case, 0)
     assert len(each.backward(x, each.forward(x, case), case)) == 3
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert Ordered.used == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from ringattn.cost import ALIKE, MEMORY_SHARE, Workload, choose_executor, predict, round_the_ring, seconds
+from ringattn.cost import ALIKE, MEMORY_SHARE, Workload, choose_executor, predict, round_the_ring
 from ringattn.launch.packing import packed
 from ringattn.plan import make_plan
+from ringattn.rates import LINKS, seconds
 
 
 def workload(tokens: int, ranks: int, **changed) -> Workload:
@@ -14,7 +15,7 @@ def workload(tokens: int, ranks: int, **changed) -> Workload:
 
 
 def test_links_take_longer_for_more():
-    for link in ("p2p", "all-gather", "copy engine"):
+    for link in LINKS:
         times = [seconds(link, 2.0**n) for n in range(10, 34)]
         assert times == sorted(times)
     assert seconds("p2p", 0) == 0
