@@ -53,12 +53,25 @@ class HopperKernel(TritonKernel):
         return None
 
     def forward(
-        self, q, k, v, segments, *, scale, running=None, out_dtype=None, arrival: Arrival | None = None, margin: int = 0
+        self,
+        q,
+        k,
+        v,
+        segments,
+        *,
+        scale,
+        running=None,
+        out_dtype=None,
+        arrival: Arrival | None = None,
+        margin: int = 0,
+        into: tuple[Tensor, Tensor] | None = None,
     ):
         """`Kernel.forward`. A program stays on its multiprocessor until the end; `margin` multiprocessors get none, so
-        that another kernel, NCCL's say, can run beside this one."""
+        that another kernel, NCCL's say, can run beside this one. Without `running`, out and lse may be told where to
+        be."""
         launch = module("hopper_forward_launch")
-        return launch.forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
+        dtype = out_dtype or accumulate_dtype(q)
+        return launch.forward(q, k, v, segments, scale, running, dtype, arrival, margin, into)
 
     def begin(self, q: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float) -> dict[str, Any]:
         """What the launches of one backward share, as options of `backward`; it needs no keys."""

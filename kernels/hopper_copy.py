@@ -25,7 +25,7 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
     pieces, runs = work
-    far_k, far_v, flags, error, SHARED, EPOCH, SLOT, PATIENCE = arrival
+    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE = arrival
     BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
     SLOTS: gl.constexpr = k_smem.shape[0]
@@ -50,7 +50,7 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
                 i_source = start // SLOT
                 if i_source > 0:
                     i_flag = ((i_source - 1) * (HEADS // GROUP) + i_g) // SHARED
-                    await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
+                    await_flag(flags + i_flag, error, gl.load(epoch), PATIENCE, i_flag)
             for j in range(0, gl.load(runs + 8 * i_run + 1), KEYS):
                 mbarrier.wait(empty.index(slot), phase)
                 if last >= 0:

@@ -30,6 +30,9 @@ from .segments import Segments
 __all__ = ["Arrival", "Capped", "Kernel", "accumulate_dtype", "nothing_seen", "rounded", "row_delta"]
 
 
+Three = tuple[Tensor, Tensor, Tensor]
+
+
 class Arrival(NamedTuple):
     """Keys and values that arrive while the kernel runs: it reads those of a source only once their flag has come. Only
     a kernel that says so in `waits` takes this.
@@ -37,7 +40,7 @@ class Arrival(NamedTuple):
     Segments count keys in slots: the first holds the keys that the kernel is called with, the others these.
     k, v: [B, sources * slot, G, D] and [B, sources * slot, G, E].
     flags: int32 [sources, F], on the device, F a divisor of G: of every source the first G / F heads have a flag, and
-        so on. They are there as soon as it has reached `epoch` (may wrap around).
+        so on. They are there as soon as it has reached `epoch` (int32 [1], on the device; may wrap around).
     patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes one
         more than the flag's place in `flags`, no flag is waited for any longer, and all of out and lse that is computed
         from then on is NaN. So it is if `error` does not hold 0 to begin with.
@@ -46,7 +49,7 @@ class Arrival(NamedTuple):
     k: Tensor
     v: Tensor
     flags: Tensor
-    epoch: int
+    epoch: Tensor
     slot: int
     patience_ns: int
     error: Tensor
@@ -94,7 +97,7 @@ class Kernel(Protocol):
         """`row_delta`, as this kernel computes it."""
         ...
 
-    def rounded(self, sums: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def rounded(self, sums: Three, dtype: torch.dtype, into: Three | None = None) -> Three:
         """`rounded`, as this kernel computes it."""
         ...
 
@@ -156,8 +159,13 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).contiguous()
 
 
-def rounded(sums: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous dq, dk and dv of a dtype, from those that `Kernel.backward` gives. One that has the dtype stays."""
+def rounded(sums: Three, dtype: torch.dtype, into: Three | None = None) -> Three:
+    """Contiguous dq, dk and dv of a dtype, from those that `Kernel.backward` gives. One that has the dtype stays,
+    unless told where to be."""
+    if into is not None:
+        for x, total in zip(into, sums, strict=True):
+            x.copy_(total)
+        return into
     dq, dk, dv = (x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in sums)
     return dq, dk, dv
 

@@ -56,10 +56,10 @@ class TritonKernel:
     def row_delta(self, dout, out):
         return module("triton_launch").row_delta(dout, out)
 
-    def rounded(self, sums, dtype):
+    def rounded(self, sums, dtype, into=None):
         if dtype == torch.float32:
-            return rounded(sums, dtype)
-        return module("triton_rounding").rounded(sums, dtype)
+            return rounded(sums, dtype, into)
+        return module("triton_rounding").rounded(sums, dtype, into)
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, softcap=0.0):
         if not segments:

@@ -18,13 +18,14 @@ from .triton_arguments import block_width, strides
 
 __all__ = ["rounded"]
 
+Three = tuple[Tensor, Tensor, Tensor]
 BLOCK = 32  # rows of a head that a program takes
 
 
-def rounded(sums: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def rounded(sums: Three, dtype: torch.dtype, into: Three | None = None) -> Three:
     """`interface.rounded`."""
     dq, dk, dv = sums
-    new_q, new_k, new_v = (
+    new_q, new_k, new_v = into or (
         x.contiguous() if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device) for x in sums
     )
     grid, numbers, constants = work_of(dq.shape, dk.shape, dv.shape, new_q is not dq, new_k is not dk, new_v is not dv)

@@ -26,6 +26,7 @@ from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, beside, 
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
 TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
+SHORT = 3e-3  # seconds of forward and backward that a host may need longer to issue
 ALIKE = 0.01  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
 
@@ -215,6 +216,9 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
     issued += 3 * copies * schedule.head_groups * HOST["copy"]
     issued_back = HOST["backward"] + (2 + schedule.halves) * 2 * HOST["launch"] + 2 * HOST["travel"]
     issued_back += 6 * copies * HOST["copy"]
+    if forward + backward < SHORT and plan.mask.documents is None:  # documents do not come again
+        schedule = schedule._replace(replay=True)
+        issued = issued_back = HOST["replay"]
     slot = slot_of(plan) if schedule.flags else None
     longest = max(remote_axis(plan, rank, slot).length for rank in ranks)
     most = max(sum(span(plan, rank, s)[1] for rank in ranks if rank != s) for s in ranks)

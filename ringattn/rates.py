@@ -41,7 +41,15 @@ MEETING = 10e-6  # seconds for ranks to hear from each other on the GPU
 MEMORY = 3.5e12  # bytes a second to and from memory
 BESIDE = {"p2p": 1.3, "copy engine": 1.09, "network": 1.05}  # how much slower attention is beside such traffic
 # Seconds of the host; a backward begins in a thread of torch's that has to wake up.
-HOST = {"call": 50e-6, "backward": 600e-6, "launch": 35e-6, "travel": 40e-6, "copy": 8e-6, "message": 150e-6}
+HOST = {
+    "call": 50e-6,
+    "backward": 600e-6,
+    "launch": 35e-6,
+    "travel": 40e-6,
+    "copy": 8e-6,
+    "message": 150e-6,
+    "replay": 120e-6,
+}
 
 
 def seconds(link: str, nbytes: float) -> float:

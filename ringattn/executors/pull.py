@@ -231,8 +231,10 @@ def views(memory: Tensor, dtype: torch.dtype, first: tuple[int, ...], second: tu
     return flat[:cut].view(first), flat[cut : cut + torch.Size(second).numel()].view(second)
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None) -> Pair:
-    """Attention of this rank's queries over the whole sequence; see `ring.forward`."""
+def forward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None, *, into: Pair | None = None
+) -> Pair:
+    """Attention of this rank's queries over the whole sequence; see `ring.forward`. out and lse may be in `into`."""
     there = map_of(call, k, v, gradients=False)
     symmetric, attend = there.symmetric, call.kernel.forward
     there.bring(k, v)
@@ -241,10 +243,11 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = 
             gap.zero_()
         symmetric.hear(KEYS, there.poison)
         arrival = Arrival(
-            there.k, there.v, there.flags, symmetric.calls, there.slot, symmetric.patience, symmetric.late
+            there.k, there.v, there.flags, symmetric.count, there.slot, symmetric.patience, symmetric.late
         )
         waiting: Any = attend  # only a kernel that can is told to
-        result = waiting(q, k, v, there.segments, scale=call.scale, running=running, out_dtype=q.dtype, arrival=arrival)
+        how = {"scale": call.scale, "running": running, "out_dtype": q.dtype, "arrival": arrival}
+        result = waiting(q, k, v, there.segments, **how, **({} if into is None else {"into": into}))
     else:
         own: Segments = call.plan.segments(call.rank, call.rank)
         own_dtype = None if there.segments else q.dtype

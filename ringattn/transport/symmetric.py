@@ -31,7 +31,7 @@ ALIGNMENT = 1024
 KNOWN = 256  # lists of copies that are remembered
 BY_A_KERNEL = -1  # found to be late, in place of a set of ranks
 
-Operation = Callable[[Sequence[int], int, int], None]  # takes tensors' addresses, the number of calls and a stream
+Operation = Callable[[Sequence[int], int, int], object]  # takes tensors' addresses, the number of calls and a stream
 
 
 def node(device: torch.device) -> str:
@@ -59,6 +59,7 @@ class Engine:
 
         self.driver, self.runtime = driver, runtime
         self.any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
+        self.recorded: list[tuple[Any, list[Any]]] | None = None  # nodes that write words, and what they write
 
     def put(self, put: Put, tensors: Sequence[Tensor]) -> Operation:
         """The copy of a part of such a tensor, wherever it will then lie."""
@@ -77,19 +78,58 @@ class Engine:
 
     def mark(self, words: Tensor) -> Operation:
         """Writes words of 32 bits, once all that the stream holds is visible."""
-        addresses = [words.data_ptr() + 4 * index for index in range(words.numel())]
-        write = self.driver.cuStreamWriteValue32
+        writes = [self.write(words.data_ptr() + 4 * index) for index in range(words.numel())]
 
         def run(_bases: Sequence[int], count: int, stream: int) -> None:
-            for address in addresses:
-                checked(write(stream, address, count, 0))
+            for write in writes:
+                write.writeValue.value = count
+            checked(self.driver.cuStreamBatchMemOp(stream, len(writes), writes, 0))
+            if self.recorded is not None:
+                node = checked(self.driver.cuStreamGetCaptureInfo(stream))[4][-1]
+                self.recorded.append((node, writes))
 
         return run
 
+    def write(self, address: int) -> Any:
+        kind = self.driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+        write = self.driver.CUstreamBatchMemOpParams()
+        write.operation = write.writeValue.operation = kind
+        write.writeValue.address = self.driver.CUdeviceptr(address)
+        return write
 
-def checked(answer: tuple) -> None:
+
+class Recording:
+    """What a call starts, as a CUDA graph, and the words written in it, which are others at each call."""
+
+    def __init__(self, driver: Any, graph: torch.cuda.CUDAGraph, marks: Sequence[tuple[Any, list[Any]]]):
+        self.driver, self.graph = driver, graph  # the graph keeps its memory
+        self.context = checked(driver.cuCtxGetCurrent())[1]
+        self.started = checked(driver.cuGraphInstantiate(graph.raw_cuda_graph(), 0))[1]
+        self.marks = [(node, writes, self.parameters(writes)) for node, writes in marks]
+
+    def parameters(self, writes: list[Any]) -> Any:
+        found = self.driver.CUDA_BATCH_MEM_OP_NODE_PARAMS()
+        found.ctx, found.count, found.paramArray, found.flags = self.context, len(writes), writes, 0
+        return found
+
+    def start(self, count: int, stream: int) -> None:
+        """Everything, on a stream, as the call of this number."""
+        driver = self.driver
+        for node, writes, parameters in self.marks:
+            for write in writes:
+                write.writeValue.value = count
+            parameters.paramArray = writes
+            checked(driver.cuGraphExecBatchMemOpNodeSetParams(self.started, node, parameters))
+        checked(driver.cuGraphLaunch(self.started, stream))
+
+    def __del__(self) -> None:
+        self.driver.cuGraphExecDestroy(self.started)
+
+
+def checked(answer: tuple) -> tuple:
     if answer[0]:
-        raise TransportError(f"a copy engine refused: {answer[0].name}")
+        raise TransportError(f"CUDA refused: {answer[0].name}")
+    return answer
 
 
 class SymmetricMemory:
@@ -120,7 +160,10 @@ class SymmetricMemory:
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
-        self.late = torch.zeros(1, dtype=torch.int32, device=device)
+        self.late, self.count = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        self.counting = self.engine.mark(self.count)
+        self.aside, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.latest: Recording | None = None  # a pool ends with the last graph that uses it, and cannot be used again
         self.all_words = self.map(4 * ROWS * WORDS)
         self.my_words = tuple(self.words(self.rank))
         self.arena: Mapped | None = None
@@ -185,12 +228,39 @@ class SymmetricMemory:
 
     def begin(self) -> None:
         """See `Symmetric.begin`."""
+        self.turn()
+        self.counting((), self.calls, self.compute.cuda_stream)
+
+    def turn(self) -> None:
+        """Another call begins, on the current stream."""
         self.check()
         current = torch.cuda.current_stream(self.device)
         if current != self.compute:  # regions are used in turn in the order of calls, whatever their streams
             current.wait_stream(self.compute)
             self.compute = current
         self.calls += 1
+
+    def record(self, work: Callable[[], None]) -> Recording:
+        """What `work`, a call, starts; nothing is started. What it allocates is its own, and used at every start."""
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        kept = self.compute, self.calls
+        self.compute, self.engine.recorded = self.aside, []
+        try:
+            with torch.cuda.stream(self.aside):
+                graph.capture_begin(self.pool, "thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
+            self.latest = Recording(self.engine.driver, graph, self.engine.recorded)
+            return self.latest
+        finally:
+            (self.compute, self.calls), self.engine.recorded = kept, None
+
+    def replay(self, recording: Recording) -> None:
+        """Starts a call that was recorded."""
+        self.turn()
+        recording.start(self.calls, self.compute.cuda_stream)
 
     def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""
@@ -216,7 +286,7 @@ class SymmetricMemory:
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""
         nans = poison.numel() * poison.element_size() // 4
-        arguments = self.my_words[row], self.error, self.late, poison, nans, self.calls, self.patience, self.rank
+        arguments = self.my_words[row], self.error, self.late, poison, self.count, nans, self.patience, self.rank
         elsewhere = torch.cuda.current_device() != self.device.index
         with torch.cuda.device(self.device) if elsewhere else nullcontext():
             if self.waiting is None:

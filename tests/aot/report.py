@@ -88,7 +88,7 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
         hopper_forward_launch.forward(q, k, v, segments, 0.1, None, dtype)
         hopper_forward_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
         flags, error = torch.empty(2, 1, 4, dtype=torch.int32, device="meta")
-        arrival = Arrival(k, v, flags, 7, length, 1 << 40, error)
+        arrival = Arrival(k, v, flags, error, length, 1 << 40, error)
         hopper_forward_launch.forward(q, k, v, segments, 0.1, None, dtype, arrival)
         for deterministic in (False, True):
             inputs = (dout, q, k, v, lse, delta, segments, 0.1)
@@ -98,10 +98,10 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
 
 def wait(ranks: int) -> None:
     """For the words of so many ranks."""
-    words, late = torch.empty(2, ranks, dtype=torch.int32, device="meta")
+    words, late, count = torch.empty(3, ranks, dtype=torch.int32, device="meta")
     error, poison = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(9, dtype=torch.uint8, device="meta")
     launch: Any = await_kernel[(1,)]
-    launch(words, error, late, poison, 9, 7, 1 << 40, 1, ranks, num_warps=1)
+    launch(words, error, late, poison, count, 9, 1 << 40, 1, ranks, num_warps=1)
 
 
 def report(kernel) -> dict:

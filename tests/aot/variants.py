@@ -74,7 +74,7 @@ def attend(draw: random.Random) -> None:
     lse, delta = torch.empty(2, batch, heads, rows)
     segments, scale = Segments([Segment(0, rows, 0, rows, 0, draw.choice([NO_WINDOW, 9]))]), draw.choice([0.1, 1, 1.0])
     flags, error = torch.empty(2, groups, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-    arrival = Arrival(k, v, flags, draw.choice([1, 5, 16]), rows, draw.choice([1, 1 << 40]), error)
+    arrival = Arrival(k, v, flags, error, rows, draw.choice([1, 1 << 40]), error)
     for out_dtype in (dtype, single):
         for running in (None, (of(heads, single), lse)):
             triton_launch.forward(q, k, v, segments, scale, running, out_dtype)
