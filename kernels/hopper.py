@@ -73,15 +73,16 @@ class HopperKernel(TritonKernel):
         dtype = out_dtype or accumulate_dtype(q)
         return launch.forward(q, k, v, segments, scale, running, dtype, arrival, margin, into)
 
-    def begin(self, q: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float) -> dict[str, Any]:
-        """What the launches of one backward share, as options of `backward`; it needs no keys."""
+    def begin(self, dout, q, v, out, lse, dlse, *, scale) -> dict[str, Any] | None:
+        """What the launches of one backward share, as options of `backward`, delta among them; it needs no keys. None
+        if there is nothing of that kind."""
         if max(q.shape[-1], v.shape[-1]) > WIDEST:
-            return {}
-        dq, pieces = module("hopper_backward_launch").begin(q, lse, delta, scale)
+            return None
+        dq, pieces = module("hopper_backward_launch").begin(q, v, lse, dlse, scale, product=(dout, out))
         return {"dq": dq, "pieces": pieces}
 
     def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, pieces=None):
-        """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq."""
+        """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic

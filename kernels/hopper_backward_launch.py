@@ -12,17 +12,17 @@ from .dealing import queue
 from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
 from .hopper_backward import hopper_backward_kernel
 from .hopper_prepare import PIECES, prepare_kernel
-from .launching import launch
+from .launching import Constants, launch
 from .segments import Segments
 from .tiles import Work, key_tiles, to_device
-from .triton_arguments import block_width
+from .triton_arguments import addressable, block_width, strides
 from .triton_launch import positive, section, start_sum
 from .turns import Turns, turns_of
 
 __all__ = ["backward", "begin"]
 
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
-PREPARED = 64  # rows of a program of `prepare_kernel`
+PREPARED = 32  # rows of a program of `prepare_kernel`
 LOG2E = 1.4426950408889634
 SIDE = 8  # key/value heads that work side by side at least when sums are ordered: fewer of their tiles wait in a row
 
@@ -44,7 +44,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     segments: Segments,
     scale: float,
     dq: Tensor | None,
@@ -53,7 +53,8 @@ def backward(
     deterministic: bool,
     pieces: Described | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from `begin`.
+    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from
+    `begin`, and then no delta.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     """
@@ -75,7 +76,7 @@ def backward(
     else:
         dk, dv = room(k, v, onto)
     if pieces is None:
-        dq, pieces = begin(q, lse, delta, scale, dq)
+        dq, pieces = begin(q, v, lse, delta, scale, dq)
     assert dq is not None
     cells = -(-rows // BLOCK)
     if deterministic:
@@ -150,9 +151,18 @@ def side_by_side(units: int, bytes_each: int, ordered: bool) -> int:
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
-def begin(q: Tensor, lse: Tensor, delta: Tensor, scale: float, dq: Tensor | None = None) -> tuple[Tensor, Described]:
+def begin(
+    q: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor | None,
+    scale: float,
+    dq: Tensor | None = None,
+    product: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Described]:
     """What all launches share: dq, zero unless given, and lse and delta [B, H, L] in pieces, [B * H, L, PIECES]; see
-    `hopper_prepare.py`. A fresh dq has its heads before its rows in memory: adding to it touches fewer pages."""
+    `hopper_prepare.py`. With `product`, dout and out, delta is what their product is less. A fresh dq has its heads
+    before its rows in memory: adding to it touches fewer pages."""
     batch, rows, heads, d = q.shape
     form = form_of_pieces(batch * heads, rows, q.dtype)
     pieces = torch.empty(form.shape, dtype=q.dtype, device=q.device)
@@ -160,11 +170,32 @@ def begin(q: Tensor, lse: Tensor, delta: Tensor, scale: float, dq: Tensor | None
     if dq is None:
         zeros = torch.empty(batch, heads, rows, d, dtype=torch.float32, device=q.device)
         dq = zeros.transpose(1, 2)
-    total = lse.numel()
-    operands = lse.contiguous(), delta.contiguous(), pieces, zeros, positive(scale), total
-    constants = ("D", d), ("BLOCK", PREPARED), ("BLOCK_D", block_width(d))
-    launch(prepare_kernel, q.device, (-(-total // PREPARED), 1, 1), operands, (), constants)
+    dout, out = (None, None) if product is None else map(addressable, product)
+    launch(
+        prepare_kernel,
+        q.device,
+        (-(-rows // PREPARED) * heads, batch, 1),
+        (
+            dout,
+            out,
+            lse.contiguous(),
+            None if delta is None else delta.contiguous(),
+            pieces,
+            zeros,
+            positive(scale),
+            rows,
+        ),
+        (None, None) if dout is None or out is None else (strides(dout), strides(out)),
+        prepared_for(heads, d, v.shape[3]),
+    )
     return dq, Described(pieces, form)
+
+
+@cache
+def prepared_for(heads: int, d: int, e: int) -> Constants:
+    """What `prepare_kernel` is compiled for."""
+    named = {"HEADS": heads, "D": d, "E": e, "BLOCK": PREPARED, "BLOCK_D": block_width(d), "BLOCK_E": block_width(e)}
+    return tuple(named.items())
 
 
 @cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
+from ringattn.executors.home import delta_of
 from ringattn.kernels.interface import accumulate_dtype
 from ringattn.preparation import Settings, prepare
 from ringattn.replay import replayed
@@ -54,20 +55,16 @@ def backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, settings: Setting
         into = new_q, new_k, new_v
 
         def work() -> None:
-            delta = call.kernel.row_delta(dout, out)
-            call.kernel.rounded(executor.backward(call, dout, q, k, v, out, lse, delta), q.dtype, into)
+            call.kernel.rounded(executor.backward(call, dout, q, k, v, out, lse, None), q.dtype, into)
 
         replayed(call, (dout, q, k, v, out, lse, *into), work)
         return *into, q.new_empty(0)
-    delta = call.kernel.row_delta(dout, out)
-    if dlse is not None:
-        if not call.kernel.reads_delta:
-            raise NotImplementedError(
-                f"kernel={call.kernel.name!r} cannot differentiate lse; use kernel='reference', or detach the lse"
-            )
-        delta -= dlse
-    grads = executor.backward(call, dout, q, k, v, out, lse, delta)
-    dsinks = q.new_empty(0) if sinks is None else sink_gradients(sinks, lse, delta)
+    if dlse is not None and not call.kernel.reads_delta:
+        raise NotImplementedError(
+            f"kernel={call.kernel.name!r} cannot differentiate lse; use kernel='reference', or detach the lse"
+        )
+    grads = executor.backward(call, dout, q, k, v, out, lse, dlse)
+    dsinks = q.new_empty(0) if sinks is None else sink_gradients(sinks, lse, delta_of(call.kernel, dout, out, dlse))
     return *call.kernel.rounded(grads, q.dtype), dsinks
 
 

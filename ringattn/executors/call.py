@@ -91,7 +91,16 @@ class Executor(Protocol):
         ...
 
     def backward(
-        self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor, /
+        self,
+        call: Call,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        /,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv of this rank's queries, keys and values, in the dtype of these or that of sums."""
         ...

@@ -116,13 +116,13 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = 
 
 
 def backward(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's queries, keys and values; see `ring.backward`."""
+    work = Backward(call, dout, q, k, v, out, lse, dlse)
     if call.transport is None:
-        segments = call.plan.segments(0, 0)
-        return call.kernel.backward(dout, q, k, v, out, lse, delta, segments, scale=call.scale)
-    work = Backward(call, dout, q, k, v, out, lse, delta)
+        work.own_keys(work.last)
+        return work.settle([])
     coming = bring(call, k, v, 0)
     work.own_keys(work.first)
     keys = coming()

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ringattn.executors.axis import within
 from ringattn.executors.call import Call
+from ringattn.kernels.interface import Kernel
 from ringattn.kernels.segments import Segments
 
-__all__ = ["Backward", "Part"]
+__all__ = ["Backward", "Part", "delta_of"]
 
 
 class Part(NamedTuple):
@@ -40,12 +41,15 @@ class Part(NamedTuple):
 class Backward:
     """One rank's backward: the tensors that every launch reads, and dq as it grows."""
 
-    def __init__(self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta):
+    def __init__(self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse):
         self.call = call
         self.dout, self.q, self.k, self.v = dout, q, k, v
-        self.out, self.lse, self.delta = out, lse, delta
-        begin = getattr(call.kernel, "begin", None)  # what launches share, if the kernel makes something of it
-        self.running: dict[str, Any] = begin(q, v, lse, delta, call.scale) if begin else {}
+        self.out, self.lse = out, lse
+        # What launches share, delta among it: some kernels make something of it that all of them can use.
+        begin: Any = getattr(call.kernel, "begin", lambda *tensors, scale: None)
+        begun = begin(dout, q, v, out, lse, dlse, scale=call.scale)
+        self.delta: Any = delta_of(call.kernel, dout, out, dlse) if begun is None else None
+        self.running: dict[str, Any] = begun or {}
         cut = k.shape[1] // 2 if call.schedule.halves and call.plan.ranks > 1 else 0
         self.first, self.last = (slice(cut, k.shape[1]), slice(0, cut)) if cut else (None, slice(0, k.shape[1]))
         self.own: list[Part] = []
@@ -62,8 +66,10 @@ class Backward:
         if keys is None:
             return
         call = self.call
-        segments = within(call.plan.segments(call.rank, call.rank), keys.start, keys.stop)
-        self.own.append(Part(keys, *self.differentiate(self.k[:, keys], self.v[:, keys], segments)))
+        segments, k, v = call.plan.segments(call.rank, call.rank), self.k, self.v
+        if keys.stop - keys.start < k.shape[1]:
+            segments, k, v = within(segments, keys.start, keys.stop), k[:, keys], v[:, keys]
+        self.own.append(Part(keys, *self.differentiate(k, v, segments)))
 
     def settle(self, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order. All
@@ -81,6 +87,12 @@ class Backward:
             dk[:, own.keys].copy_(own.dk)
             dv[:, own.keys].copy_(own.dv)
         return dq, dk, dv
+
+
+def delta_of(kernel: Kernel, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """delta of `Kernel.backward`, [B, H, L]; dlse is the gradient of lse."""
+    delta = kernel.row_delta(dout, out)
+    return delta if dlse is None else delta - dlse
 
 
 def add(sums: Part, parts: Part) -> None:

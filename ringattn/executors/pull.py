@@ -260,13 +260,13 @@ def forward(
 
 
 def backward(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's queries, keys and values; see `ring.backward`."""
     there = map_of(call, k, v, gradients=True)
     symmetric = there.symmetric
     there.bring(k, v)
-    work = Backward(call, dout, q, k, v, out, lse, delta)
+    work = Backward(call, dout, q, k, v, out, lse, dlse)
     work.own_keys(work.first)
     symmetric.hear(KEYS, there.poison)
     grads = work.differentiate(there.k, there.v, there.segments)

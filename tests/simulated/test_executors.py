@@ -38,7 +38,7 @@ def across_ranks(
         call = Call(plan, rank, kernel, case.head_dim**-0.5, transport, Buffers(), symmetric, schedule)
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
         out, lse = module.forward(call, q, k, v)
-        grads = module.backward(call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out))
+        grads = module.backward(call, dout, q, k, v, out, lse, None)
         return Result(out, *(grad.to(q.dtype) for grad in grads))
 
     parts = simulate(plan.ranks, work, network)
@@ -108,9 +108,9 @@ def test_many_calls_share_memory(executor):
             call = calls.setdefault(case, new)
             q, k, v, dout = (plan.layout.shard(part, rank, 1) for part in x)
             out, lse = module.forward(call, q, k, v)
-            held.append((call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out)))
-        for call, dout, q, k, v, out, lse, delta in reversed(held):
-            results.append((out, *module.backward(call, dout, q, k, v, out, lse, delta)))
+            held.append((call, dout, q, k, v, out, lse))
+        for call, dout, q, k, v, out, lse in reversed(held):
+            results.append((out, *module.backward(call, dout, q, k, v, out, lse, None)))
         return results[::-1]
 
     for seed in range(8):
@@ -152,8 +152,7 @@ def test_when_a_call_returns_its_tensors_have_been_sent(executor):
         for x in mine:
             x.fill_(torch.nan)
         mine = k.clone(), v.clone()
-        delta = kernel.row_delta(dout, out)
-        grads = [x.clone() for x in module.backward(call, dout, q, *mine, out, lse, delta)]
+        grads = [x.clone() for x in module.backward(call, dout, q, *mine, out, lse, None)]
         for x in (*mine, *kernel.made):
             x.fill_(torch.nan)
         return Result(out, *grads)
@@ -223,7 +222,7 @@ def test_memory_of_the_ring_does_not_grow_with_it(ranks):
         call = Call(plan, rank, KERNELS["reference"], 1.0, transport, pools[rank])
         q, k, v, dout = torch.randn(4, 1, tokens, heads, head_dim)
         out, lse = ring.forward(call, q, k, v)
-        ring.backward(call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out))
+        ring.backward(call, dout, q, k, v, out, lse, None)
 
     simulate(ranks, work)
     shard = 2 * tokens * heads * head_dim * 4
