@@ -20,6 +20,8 @@ and gradients likewise, because with the *global* lse and delta each piece's dq,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,10 +29,23 @@ from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Arrival", "Capped", "Kernel", "accumulate_dtype", "nothing_seen", "rounded", "row_delta"]
+__all__ = ["Arrival", "Capped", "Kernel", "Part", "Three", "accumulate_dtype", "nothing_seen", "row_delta", "settled"]
 
 
 Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Part(NamedTuple):
+    """Gradients dk, dv of the stretch `keys` of a shard, [B, keys, G, D] and [B, keys, G, E]."""
+
+    keys: slice
+    dk: Tensor
+    dv: Tensor
+
+    def within(self, start: int, stop: int) -> Part:
+        """That of fewer keys."""
+        inside = slice(start - self.keys.start, stop - self.keys.start)
+        return Part(slice(start, stop), self.dk[:, inside], self.dv[:, inside])
 
 
 class Arrival(NamedTuple):
@@ -97,8 +112,11 @@ class Kernel(Protocol):
         """`row_delta`, as this kernel computes it."""
         ...
 
-    def rounded(self, sums: Three, dtype: torch.dtype, into: Three | None = None) -> Three:
-        """`rounded`, as this kernel computes it."""
+    def settled(
+        self, dq: Tensor, own: Sequence[Part], parts: Sequence[Part], dtype: torch.dtype, into: Three | None = None,
+        kept: dict[Any, Any] | None = None,
+    ) -> Three:  # fmt: skip
+        """`settled`, as this kernel computes it."""
         ...
 
     def backward(
@@ -139,7 +157,7 @@ class Capped:
         self.kernel: Any = kernel  # its methods take one argument more
         self.softcap = softcap
         self.name, self.reads_delta = kernel.name, kernel.reads_delta
-        self.refuses, self.row_delta, self.rounded = kernel.refuses, kernel.row_delta, kernel.rounded
+        self.refuses, self.row_delta, self.settled = kernel.refuses, kernel.row_delta, kernel.settled
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         return self.kernel.forward(*arguments, **options, softcap=self.softcap)
@@ -159,15 +177,34 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).contiguous()
 
 
-def rounded(sums: Three, dtype: torch.dtype, into: Three | None = None) -> Three:
-    """Contiguous dq, dk and dv of a dtype, from those that `Kernel.backward` gives. One that has the dtype stays,
-    unless told where to be."""
-    if into is not None:
-        for x, total in zip(into, sums, strict=True):
-            x.copy_(total)
-        return into
-    dq, dk, dv = (x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in sums)
-    return dq, dk, dv
+def settled(
+    dq: Tensor, own: Sequence[Part], parts: Sequence[Part], dtype: torch.dtype, into: Three | None = None,
+    kept: dict[Any, Any] | None = None,
+) -> Three:  # fmt: skip
+    """Contiguous dq, dk and dv of a dtype: sums as `Kernel.backward` gives them, added up and rounded once.
+
+    Args:
+        dq: [B, L, H, D]; may lie in any order.
+        own: gradients of all keys of a shard, in one part or two, contiguous; may be written to.
+        parts: what is added to them, in this order, contiguous.
+        into: where the results are to be, contiguous.
+        kept: where a kernel keeps what follows from where parts lie, for the next time.
+    """
+    for each, part in product(own, parts):
+        start, stop = max(each.keys.start, part.keys.start), min(each.keys.stop, part.keys.stop)
+        if start < stop:
+            for total, more in zip(each.within(start, stop)[1:], part.within(start, stop)[1:], strict=True):
+                total.add_(more)
+    keys = max(part.keys.stop for part in own)
+    if into is None:
+        sums = (dq, dq.shape[1]), (own[0].dk, keys), (own[0].dv, keys)
+        new_q, new_k, new_v = (x.new_empty((x.shape[0], length, *x.shape[2:]), dtype=dtype) for x, length in sums)
+        into = new_q, new_k, new_v
+    into[0].copy_(dq)
+    for part in own:
+        into[1][:, part.keys].copy_(part.dk)
+        into[2][:, part.keys].copy_(part.dv)
+    return into
 
 
 def nothing_seen(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,9 @@ from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, beside, 
 
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
-TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
+TILE, PROCESSORS = 128, 132  # query rows, or keys, that a program works on at a time, and programs
+LONGEST = 1.5  # how much longer than the mean the tiles take that come first
+COPY = 4e-6  # seconds between copies of an engine
 SHORT = 3e-3  # seconds of forward and backward that a host may need longer to issue
 ALIKE = 0.01  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
@@ -199,14 +201,18 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         own, remote = (sum(load.compute(rank, s) for s in ranks if (s == rank) == mine) for mine in (True, False))
         if schedule.flags:  # the first tiles have their own keys to do while the others' come
             tiles = load.batch * load.q_heads * plan.layout.lengths[rank] / TILE
-            stall = max(0.0, first - own * min(1.0, PROCESSORS / max(tiles, 1)))
+            stall = max(0.0, first - own * min(1.0, LONGEST * PROCESSORS / max(tiles, 1)))
             taken = MEETING + stall + beside(own + remote + LAUNCH, come, "copy engine")
+            taken += 2 * COPY * schedule.head_groups
         else:
             merged = load.merge(rank) if remote else 0.0
             taken = beside(own + LAUNCH, come, "copy engine") + MEETING + remote + LAUNCH + merged
         forward = max(forward, taken)
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
+        if schedule.halves:  # half of the keys may be too few tiles for all processors
+            tiles = load.batch * load.kv_heads * plan.layout.lengths[rank] / TILE / 2
+            early, own = (seconds * max(1.0, PROCESSORS / max(tiles, 1)) for seconds in (early, own))
         taken = beside(early + LAUNCH, come, "copy engine") if schedule.halves else come
         taken += remote + LAUNCH + beside(own - early + LAUNCH, home, "copy engine") + 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)

@@ -20,7 +20,7 @@ __all__ = ["replayed"]
 MOST = 512  # addresses that a call remembers: layers, times forward and backward
 
 
-def replayed(call: Call, tensors: Sequence[Tensor], work: Callable[[], None]) -> None:
+def replayed(call: Call, tensors: Sequence[Tensor], work: Callable[[], object]) -> None:
     """Does `work`, which reads and writes `tensors` and nothing else that outlives it."""
     symmetric: Any = call.symmetric
     place = symmetric.generation, symmetric.calls % 2, *(x.data_ptr() for x in tensors), *(x.stride() for x in tensors)

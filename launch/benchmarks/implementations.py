@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ringattn.kernels.interface import Kernel
+from ringattn.kernels.interface import Kernel, Part
 from ringattn.kernels.registry import KERNELS
 from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
@@ -46,8 +46,8 @@ class Ours(Implementation):
     def backward(self, x: Inputs, saved: Saved, case: Case) -> tuple[Tensor, ...]:
         out, lse, segments, scale = saved
         delta = self.kernel.row_delta(x.dout, out)
-        grads = self.kernel.backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, scale=scale)
-        return self.kernel.rounded(grads, x.q.dtype)
+        dq, dk, dv = self.kernel.backward(x.dout, x.q, x.k, x.v, out, lse, delta, segments, scale=scale)
+        return self.kernel.settled(dq, [Part(slice(0, dk.shape[1]), dk, dv)], [], x.q.dtype)
 
 
 class FlashAttention4(Differentiated):

@@ -102,5 +102,5 @@ class Executor(Protocol):
         dlse: Tensor | None,
         /,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv of this rank's queries, keys and values, in the dtype of these or that of sums."""
+        """dq, dk and dv of this rank's queries, keys and values, in the dtype of these."""
         ...

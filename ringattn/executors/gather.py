@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ringattn.executors.axis import Axis, slots, span, spans
 from ringattn.executors.call import Call
-from ringattn.executors.home import Backward, Part
-from ringattn.kernels.interface import accumulate_dtype
+from ringattn.executors.home import Backward
+from ringattn.kernels.interface import Part, accumulate_dtype
 from ringattn.kernels.segments import Segments
 from ringattn.plan import Plan
 from ringattn.transport.interface import Message, Move

@@ -12,30 +12,16 @@ is fp32 in a fixed order, and rounded once.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ringattn.executors.axis import within
 from ringattn.executors.call import Call
-from ringattn.kernels.interface import Kernel
+from ringattn.kernels.interface import Kernel, Part, Three
 from ringattn.kernels.segments import Segments
 
-__all__ = ["Backward", "Part", "delta_of"]
-
-
-class Part(NamedTuple):
-    """Gradients dk, dv of the stretch `keys` of a shard, in fp32."""
-
-    keys: slice
-    dk: Tensor
-    dv: Tensor
-
-    def within(self, start: int, stop: int) -> Part:
-        """That of fewer keys."""
-        inside = slice(start - self.keys.start, stop - self.keys.start)
-        return Part(slice(start, stop), self.dk[:, inside], self.dv[:, inside])
+__all__ = ["Backward", "delta_of"]
 
 
 class Backward:
@@ -71,30 +57,13 @@ class Backward:
             segments, k, v = within(segments, keys.start, keys.stop), k[:, keys], v[:, keys]
         self.own.append(Part(keys, *self.differentiate(k, v, segments)))
 
-    def settle(self, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order. All
-        are in fp32, but dk and dv in the dtype of k and v where they are put together of halves."""
-        dq = self.running["dq"]
-        for own in self.own:
-            for part in parts:
-                start, stop = max(own.keys.start, part.keys.start), min(own.keys.stop, part.keys.stop)
-                if start < stop:
-                    add(own.within(start, stop), part.within(start, stop))
-        if len(self.own) == 1:
-            return dq, self.own[0].dk, self.own[0].dv
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (self.k, self.v))
-        for own in self.own:
-            dk[:, own.keys].copy_(own.dk)
-            dv[:, own.keys].copy_(own.dv)
-        return dq, dk, dv
+    def settle(self, parts: list[Part], into: Three | None = None) -> Three:
+        """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order."""
+        call = self.call
+        return call.kernel.settled(self.running["dq"], self.own, parts, self.q.dtype, into, call.derived)
 
 
 def delta_of(kernel: Kernel, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     """delta of `Kernel.backward`, [B, H, L]; dlse is the gradient of lse."""
     delta = kernel.row_delta(dout, out)
     return delta if dlse is None else delta - dlse
-
-
-def add(sums: Part, parts: Part) -> None:
-    """Adds to the gradients of the same keys, in one launch on a GPU."""
-    torch._foreach_add_([sums.dk, sums.dv], [parts.dk, parts.dv])  # pyright: ignore[reportPrivateImportUsage]

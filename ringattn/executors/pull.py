@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ringattn.executors.axis import Axis, Piece, span, spans
 from ringattn.executors.call import Call
-from ringattn.executors.home import Backward, Part
-from ringattn.kernels.interface import Arrival, accumulate_dtype
+from ringattn.executors.home import Backward
+from ringattn.kernels.interface import Arrival, Part, Three, accumulate_dtype
 from ringattn.kernels.segments import NO_WINDOW, Segments
 from ringattn.plan import Plan
 from ringattn.transport.interface import WORDS, Mark, Put, Symmetric
@@ -260,9 +260,10 @@ def forward(
 
 
 def backward(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this rank's queries, keys and values; see `ring.backward`."""
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+    *, into: Three | None = None,
+) -> Three:  # fmt: skip
+    """Gradients of this rank's queries, keys and values, in `into` if given; see `ring.backward`."""
     there = map_of(call, k, v, gradients=True)
     symmetric = there.symmetric
     there.bring(k, v)
@@ -274,4 +275,4 @@ def backward(
     work.own_keys(work.last)
     symmetric.hear(BACK, there.home_poison)
     symmetric.finish()
-    return work.settle(there.parts)
+    return work.settle(there.parts, into)

@@ -240,7 +240,7 @@ class SymmetricMemory:
             self.compute = current
         self.calls += 1
 
-    def record(self, work: Callable[[], None]) -> Recording:
+    def record(self, work: Callable[[], object]) -> Recording:
         """What `work`, a call, starts; nothing is started. What it allocates is its own, and used at every start."""
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         kept = self.compute, self.calls

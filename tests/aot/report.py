@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ringattn.kernels import hopper_backward_launch, hopper_forward_launch, triton_launch, triton_rounding
-from ringattn.kernels.interface import Arrival
+from ringattn.kernels import hopper_backward_launch, hopper_forward_launch, triton_launch, triton_settling
+from ringattn.kernels.interface import Arrival, Part
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tuning import LONG
 from ringattn.transport.await_kernel import await_kernel
@@ -83,7 +83,8 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
     triton_launch.row_delta(dout, out.to(dtype))
     triton_launch.key_gradients(dout, q, k, v, lse, delta, segments, 0.1, dk, dv)
     triton_launch.query_gradients(dout, q, k, v, lse, delta, segments, 0.1, dq)
-    triton_rounding.rounded((dq, dk, dv), dtype)
+    own = Part(slice(0, length), dk, dv)
+    triton_settling.settled(dq, [own], [own], dtype)
     if architecture == "sm_90":
         hopper_forward_launch.forward(q, k, v, segments, 0.1, None, dtype)
         hopper_forward_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
