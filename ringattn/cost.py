@@ -27,7 +27,7 @@ __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
 TILE, PROCESSORS = 128, 132  # query rows, or keys, that a program works on at a time, and programs
 LONGEST = 1.5  # how much longer than the mean the tiles take that come first
-COPY = 4e-6  # seconds between copies of an engine
+COPY = 7e-6  # seconds that each copy of an engine costs, however short
 SHORT = 3e-3  # seconds of forward and backward that a host may need longer to issue
 ALIKE = 0.01  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks

@@ -217,6 +217,7 @@ class SymmetricMemory:
         self.barrier(f"free/{self.generation}")
         self.sizes, self.regions, self.arena = (), [], None
         self.known.clear()
+        self.latest, self.pool = None, torch.cuda.graph_pool_handle()
 
     def region(self, rank: int, index: int) -> Tensor:
         """See `Symmetric.region`."""
@@ -242,6 +243,7 @@ class SymmetricMemory:
 
     def record(self, work: Callable[[], object]) -> Recording:
         """What `work`, a call, starts; nothing is started. What it allocates is its own, and used at every start."""
+        self.check()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         kept = self.compute, self.calls
         self.compute, self.engine.recorded = self.aside, []
