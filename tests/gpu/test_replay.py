@@ -11,7 +11,7 @@ GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"), pytest.mark.timeout(200)]
 
 
-def layers_and_steps(rank: int, halves: bool) -> tuple[int, int]:
+def layers_and_steps(rank: int, kernel: str, halves: bool) -> tuple[int, int]:
     """Two layers, forwards then backwards, step after step with other numbers in the same memory, and a call of another
     shape between steps; how many records there are, and how many results were compared."""
     from ringattn import preparation
@@ -21,7 +21,7 @@ def layers_and_steps(rank: int, halves: bool) -> tuple[int, int]:
 
     torch.cuda.set_device(rank)
     ranks, records, compared = ranks_named(group_name(None)), 0, 0
-    cp = ringattn.ContextParallel(kernel="hopper", executor="pull", deterministic=True)
+    cp = ringattn.ContextParallel(kernel=kernel, executor="pull", deterministic=True)
     leaves = [
         [torch.empty(2, 256, heads, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for heads in (8, 2, 2)]
         for _ in range(2)
@@ -30,7 +30,7 @@ def layers_and_steps(rank: int, halves: bool) -> tuple[int, int]:
     dout = torch.randn(2, 256, 8, 64, dtype=torch.bfloat16, device="cuda")
     found: dict[tuple[int, int], list[torch.Tensor]] = {}
     for replay in (False, True):
-        schedule = Schedule(flags=True, halves=halves, replay=replay)
+        schedule = Schedule(flags=kernel == "hopper", halves=halves, replay=replay)
         preparation.choose = lambda *_, chosen=schedule: Choice("pull", chosen, "asked for by a test")
         ranks.agreed.clear()
         for step in range(6):
@@ -55,9 +55,10 @@ def layers_and_steps(rank: int, halves: bool) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("halves", [True, False])
-def test_the_same_bits(halves):
-    if torch.cuda.get_device_capability() != (9, 0):
+@pytest.mark.parametrize("kernel", ["hopper", "triton"])
+def test_the_same_bits(kernel, halves):
+    if kernel == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs Hopper GPUs")
-    for records, compared in run_ranks(GPUS, layers_and_steps, halves, backend="nccl", timeout=180):
+    for records, compared in run_ranks(GPUS, layers_and_steps, kernel, halves, backend="nccl", timeout=180):
         assert records > 0
         assert compared == 6 * 2 * 4
