@@ -65,7 +65,7 @@ def backward(
     width = max(NARROWEST, block_width(max(d, e)))
     work, longest, blocks = segments.derive((lower, keys), lambda s: lower(s, keys))
     running = dk is not None or dv is not None
-    tiles = work.busy if running else len(work.tiles)
+    tiles = work.busy if running else work.tiles.shape[0]
     shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
     side = shares * side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, deterministic)
     shape = tiles, units * shares, side, processors(q.device)
@@ -88,7 +88,7 @@ def backward(
     launch(
         hopper_backward_kernel,
         q.device,
-        (len(order), 1, 1),
+        (order.shape[0], 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             pieces,
@@ -107,9 +107,12 @@ def backward(
 
 
 def room(k: Tensor, v: Tensor, zero: bool) -> tuple[Tensor, Tensor]:
-    """For dk and dv, in one piece of memory: the host pays for each."""
+    """For dk and dv; zeros are one piece of memory, since the host pays for each launch."""
+    if not zero:
+        dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+        return dk, dv
     cut = k.numel()
-    both = (torch.zeros if zero else torch.empty)(cut + v.numel(), dtype=torch.float32, device=k.device)
+    both = torch.zeros(cut + v.numel(), dtype=torch.float32, device=k.device)
     return both[:cut].view(k.shape), both[cut:].view(v.shape)
 
 

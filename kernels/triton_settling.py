@@ -40,11 +40,8 @@ def settled(
     new_q, new_k, new_v = into or (torch.empty(shape, dtype=dtype, device=dq.device) for shape in shapes)
     grid, blocks, constants = work_of(*shapes)
     first = parts[0] if parts else own[0]
-    kept = {} if kept is None else kept
-    found = tuple(place(part, first) for part in parts) or ((0, 0, 0, 0),)
-    if found not in kept:
-        kept[found] = to_device(torch.tensor(found, dtype=torch.int64), dq.device)
-    tensors = dq, dk, dv, late_k, late_v, first.dk, first.dv, kept[found], new_q, new_k, new_v
+    table = table_of(tuple(place(part, first) for part in parts), dq.device, kept) if parts else dk  # not read
+    tensors = dq, dk, dv, late_k, late_v, first.dk, first.dv, table, new_q, new_k, new_v
     numbers = *blocks, dq.shape[0], dq.shape[1], keys, own[0].keys.stop, len(parts)
     launch(settling_kernel, dq.device, grid, (*tensors, *numbers), (strides(dq),), constants)
     return new_q, new_k, new_v
@@ -54,6 +51,16 @@ def place(part: Part, first: Part) -> tuple[int, int, int, int]:
     """Which keys, and how far in memory from the first part, in numbers."""
     far_k, far_v = part.dk.data_ptr() - first.dk.data_ptr(), part.dv.data_ptr() - first.dv.data_ptr()
     return part.keys.start, part.keys.stop, far_k // first.dk.element_size(), far_v // first.dv.element_size()
+
+
+def table_of(found: tuple[tuple[int, ...], ...], device: torch.device, kept: dict[Any, Any] | None) -> Tensor:
+    """Places as a table on the device."""
+    table = None if kept is None else kept.get(found)
+    if table is None:
+        table = to_device(torch.tensor(found, dtype=torch.int64), device)
+        if kept is not None:
+            kept[found] = table
+    return table
 
 
 @lru_cache(1024)
