@@ -93,7 +93,8 @@ class Prediction(NamedTuple):
         if self.executor == "pull":
             groups = f"{self.schedule.head_groups} head group{'s' * (self.schedule.head_groups > 1)}"
             way = f"flags, {groups}" if self.schedule.flags else "own keys first"
-            name += f" ({way}, own gradients {'in halves' if self.schedule.halves else 'last'})"
+            order = "in halves" if self.schedule.halves else "last"
+            name += f" ({way}, own gradients {order}{', replayed' * self.schedule.replay})"
         elif self.schedule.head_groups > 1:
             name += f" ({self.schedule.head_groups} head groups)"
         return (
