@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringattn.executors import ring
 from ringattn.executors.call import Buffers, Call
-from ringattn.kernels.interface import Kernel, accumulate_dtype, settled
+from ringattn.kernels.interface import Kernel, accumulate_dtype, row_delta, settled
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import LAYOUTS
@@ -58,7 +58,7 @@ class RoundedPartials:
     """A kernel whose partial results leave it in the dtype of the inputs."""
 
     name = "rounded"
-    settled = staticmethod(settled)
+    row_delta, settled = staticmethod(row_delta), staticmethod(settled)
 
     def __init__(self, kernel: Kernel):
         self.kernel, self.reads_delta = kernel, kernel.reads_delta
