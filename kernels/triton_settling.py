@@ -40,7 +40,7 @@ def settled(
     new_q, new_k, new_v = into or (torch.empty(shape, dtype=dtype, device=dq.device) for shape in shapes)
     grid, blocks, constants = work_of(*shapes)
     first = parts[0] if parts else own[0]
-    table = table_of(tuple(place(part, first) for part in parts), dq.device, kept) if parts else dk  # not read
+    table = table_of(tuple(place(part, first) for part in parts), dq.device, kept) if parts else None
     tensors = dq, dk, dv, late_k, late_v, first.dk, first.dv, table, new_q, new_k, new_v
     numbers = *blocks, dq.shape[0], dq.shape[1], keys, own[0].keys.stop, len(parts)
     launch(settling_kernel, dq.device, grid, (*tensors, *numbers), (strides(dq),), constants)
@@ -83,7 +83,7 @@ def settling_kernel(
 
     dk [BATCH, CUT, GROUPS, D] are the gradients of the first CUT keys, late_k those of the others. Each of PARTS parts
     [BATCH, stop - start, GROUPS, D] is added to those of the keys from start on; `table` says start, stop, and how far
-    the part is from parts_k and parts_v.
+    the part is from parts_k and parts_v; None if there are no parts.
     """
     block = tl.program_id(0)
     if block < ROW_BLOCKS:
@@ -111,11 +111,12 @@ def add_up(
     p_x = x + (((i_b * CUT + i_key) * HEADS + i_h) * D)[:, None] + o_d
     p_late = late + (((i_b * (KEYS - CUT) + i_key - CUT) * HEADS + i_h) * D)[:, None] + o_d
     b_x = tl.load(p_x, mask=inside & early, other=0.0) + tl.load(p_late, mask=inside & ~early, other=0.0)
-    for i in range(PARTS):
-        start, stop = tl.load(table + 4 * i), tl.load(table + 4 * i + 1)
-        base = tl.load(table + 4 * i + COLUMN)
-        p_part = parts + base + (((i_b * (stop - start) + i_key - start) * HEADS + i_h) * D)[:, None] + o_d
-        b_x += tl.load(p_part, mask=inside & ((i_key >= start) & (i_key < stop))[:, None], other=0.0)
+    if table is not None:
+        for i in range(PARTS):
+            start, stop = tl.load(table + 4 * i), tl.load(table + 4 * i + 1)
+            base = tl.load(table + 4 * i + COLUMN)
+            p_part = parts + base + (((i_b * (stop - start) + i_key - start) * HEADS + i_h) * D)[:, None] + o_d
+            b_x += tl.load(p_part, mask=inside & ((i_key >= start) & (i_key < stop))[:, None], other=0.0)
     tl.store(out + o_row[:, None] * D + o_d, b_x.to(out.dtype.element_ty), mask=inside)
 
 
