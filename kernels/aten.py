@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype, nothing_seen, rounded, row_delta
+from .interface import accumulate_dtype, nothing_seen, row_delta, settled
 from .merge import merge_
 from .segments import NO_WINDOW, Segment, Segments
 
@@ -92,7 +92,7 @@ class AtenKernel:
     reads_delta = False  # torch's backward derives delta from out and dout itself
     caps_scores = False
     row_delta = staticmethod(row_delta)
-    rounded = staticmethod(rounded)
+    settled = staticmethod(settled)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if q.shape[-1] != v.shape[-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,16 +53,40 @@ class HopperKernel(TritonKernel):
         return None
 
     def forward(
-        self, q, k, v, segments, *, scale, running=None, out_dtype=None, arrival: Arrival | None = None, margin: int = 0
+        self,
+        q,
+        k,
+        v,
+        segments,
+        *,
+        scale,
+        running=None,
+        out_dtype=None,
+        arrival: Arrival | None = None,
+        margin: int = 0,
+        into: tuple[Tensor, Tensor] | None = None,
     ):
         """`Kernel.forward`. A program stays on its multiprocessor until the end; `margin` multiprocessors get none, so
-        that another kernel, NCCL's say, can run beside this one."""
+        that another kernel, NCCL's say, can run beside this one. Without `running`, out and lse may be told where to
+        be."""
         launch = module("hopper_forward_launch")
-        return launch.forward(q, k, v, segments, scale, running, out_dtype or accumulate_dtype(q), arrival, margin)
+        dtype = out_dtype or accumulate_dtype(q)
+        return launch.forward(q, k, v, segments, scale, running, dtype, arrival, margin, into)
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None):
+    def begin(self, dout, q, v, out, lse, dlse, *, scale) -> dict[str, Any] | None:
+        """What the launches of one backward share, as options of `backward`, delta among them; it needs no keys. None
+        if there is nothing of that kind."""
+        if max(q.shape[-1], v.shape[-1]) > WIDEST:
+            return None
+        dq, pieces = module("hopper_backward_launch").begin(q, v, lse, dlse, scale, product=(dout, out))
+        return {"dq": dq, "pieces": pieces}
+
+    def backward(
+        self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None, pieces=None
+    ):
+        """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
         launch = module("hopper_backward_launch")
-        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told, out_dtype)
+        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told, out_dtype, pieces)

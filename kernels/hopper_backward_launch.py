@@ -14,17 +14,17 @@ from .dealing import queue
 from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
 from .hopper_backward import hopper_backward_kernel
 from .hopper_prepare import PIECES, prepare_kernel
-from .launching import launch
+from .launching import Constants, launch
 from .segments import Segments
 from .tiles import Work, key_tiles, to_device
-from .triton_arguments import block_width
+from .triton_arguments import addressable, block_width, strides
 from .triton_launch import positive, section
 from .turns import Turns, turns_of
 
-__all__ = ["backward"]
+__all__ = ["backward", "begin"]
 
 KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
-PREPARED = 256  # rows of a program of `prepare_kernel`
+PREPARED = 32  # rows of a program of `prepare_kernel`
 NONE = (0,)  # the shape of nothing
 WIDEST = 128  # head dim
 LOG2E = 1.4426950408889634
@@ -48,7 +48,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     segments: Segments,
     scale: float,
     dq: Tensor | None,
@@ -56,11 +56,12 @@ def backward(
     dv: Tensor | None,
     deterministic: bool,
     out_dtype: torch.dtype | None = None,
+    pieces: Described | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128.
+    """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from
+    `begin`, and then no delta.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
-    A fresh dq has its heads before its rows in memory: adding to it touches fewer pages.
     """
     batch, rows, heads, d = q.shape
     _, keys, groups, e = v.shape
@@ -69,22 +70,23 @@ def backward(
     width = max(NARROWEST, block_width(max(d, e)))
     work, longest, blocks = segments.derive((lower, keys), lambda s: lower(s, keys))
     running = dk is not None or dv is not None
-    tiles = work.busy if running else len(work.tiles)
+    tiles = work.busy if running else work.tiles.shape[0]
     shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
     least = patience(longest * group, width, processors(q.device)) if deterministic else 1
     side = shares * side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, least)
     shape = tiles, units * shares, side, processors(q.device)
     order, runs = segments.derive((backward, keys, *shape, q.device), lambda _: placed(work, shape, q.device))
     onto = running or shares > 1
+    if pieces is None:
+        dq, pieces = begin(q, v, lse, delta, scale, dq)
+    assert dq is not None
     cells = -(-rows // BLOCK)
-    counters, zero_dq, zero_dk, zero_dv = all_zero(
+    counters, zero_dk, zero_dv = all_zero(
         q.device,
         (batch * heads * cells if deterministic else 0,),
-        (batch, heads, rows, d) if dq is None else NONE,
         k.shape if dk is None and onto else NONE,
         v.shape if dv is None and onto else NONE,
     )
-    dq = zero_dq.transpose(1, 2) if dq is None else dq
     dk, dv = (
         (zero if onto else torch.empty(x.shape, dtype=out_dtype or torch.float32, device=x.device))
         if total is None
@@ -98,11 +100,10 @@ def backward(
     launch(
         hopper_backward_kernel,
         q.device,
-        (len(order), 1, 1),
+        (order.shape[0], 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
-            prepared(lse, delta, scale, q.dtype),
-            places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
+            pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
             *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E, cells,
         ),
         (),
@@ -185,15 +186,51 @@ def side_by_side(units: int, bytes_each: int, least: int) -> int:
     return min(n for n in range(least, units + 1) if units % n == 0)
 
 
-def prepared(lse: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Described:
-    """lse and delta [B, H, L] in pieces, [B * H, L, PIECES]: see `hopper_prepare.py`."""
-    batch, heads, rows = lse.shape
-    form = form_of_pieces(batch * heads, rows, dtype)
-    pieces = torch.empty(form.shape, dtype=dtype, device=lse.device)
-    total = lse.numel()
-    operands = lse.contiguous(), delta.contiguous(), pieces, scale, total
-    launch(prepare_kernel, lse.device, (-(-total // PREPARED), 1, 1), operands, (), (("BLOCK", PREPARED),))
-    return Described(pieces, form)
+def begin(
+    q: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor | None,
+    scale: float,
+    dq: Tensor | None = None,
+    product: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Described]:
+    """What all launches share: dq, zero unless given, and lse and delta [B, H, L] in pieces, [B * H, L, PIECES]; see
+    `hopper_prepare.py`. With `product`, dout and out, delta is what their product is less. A fresh dq has its heads
+    before its rows in memory: adding to it touches fewer pages."""
+    batch, rows, heads, d = q.shape
+    form = form_of_pieces(batch * heads, rows, q.dtype)
+    pieces = torch.empty(form.shape, dtype=q.dtype, device=q.device)
+    zeros = None
+    if dq is None:
+        zeros = torch.empty(batch, heads, rows, d, dtype=torch.float32, device=q.device)
+        dq = zeros.transpose(1, 2)
+    dout, out = (None, None) if product is None else map(addressable, product)
+    launch(
+        prepare_kernel,
+        q.device,
+        (-(-rows // PREPARED) * heads, batch, 1),
+        (
+            dout,
+            out,
+            lse.contiguous(),
+            None if delta is None else delta.contiguous(),
+            pieces,
+            zeros,
+            positive(scale),
+            rows,
+        ),
+        (None, None) if dout is None or out is None else (strides(dout), strides(out)),
+        prepared_for(heads, d, v.shape[3]),
+    )
+    return dq, Described(pieces, form)
+
+
+@cache
+def prepared_for(heads: int, d: int, e: int) -> Constants:
+    """What `prepare_kernel` is compiled for."""
+    named = {"HEADS": heads, "D": d, "E": e, "BLOCK": PREPARED, "BLOCK_D": block_width(d), "BLOCK_E": block_width(e)}
+    return tuple(named.items())
 
 
 @lru_cache(64)

@@ -25,7 +25,7 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
     pieces, runs = work
-    far_k, far_v, flags, error, SHARED, EPOCH, SLOT, PATIENCE = arrival
+    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE = arrival
     BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
     SLOTS: gl.constexpr = k_smem.shape[0]
@@ -53,7 +53,7 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
                     i_flag = ((i_source - 1) * (HEADS // GROUP) + i_g) // SHARED
                     bit = gl.where(i_flag < 32, 1 << (i_flag & 31), 0)
                     if known & bit == 0:
-                        await_flag(flags + i_flag, error, EPOCH, PATIENCE, i_flag)
+                        await_flag(flags + i_flag, error, gl.load(epoch), PATIENCE, i_flag)
                         known |= bit
             for j in range(0, gl.load(runs + 8 * i_run + 1), KEYS):
                 mbarrier.wait(empty.index(slot), phase)

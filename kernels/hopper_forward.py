@@ -38,10 +38,10 @@ TURN = gl.constexpr(9)  # the first of the named barriers at which warpgroups wa
 TWO = gl.constexpr(256)  # threads at such a barrier: one warpgroup that waits, one that lets it go on
 
 
-@gluon.jit(do_not_specialize=["LENGTH", "SHARED", "EPOCH", "SLOT", "PATIENCE"])
+@gluon.jit(do_not_specialize=["LENGTH", "SHARED", "SLOT", "PATIENCE"])
 def hopper_forward_kernel(
     q, k, v, out, lse, before, pieces, runs, scale, LENGTH,
-    far_k, far_v, flags, error, SHARED, EPOCH, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
     out_strides, lse_strides, before_strides,
     HEADS: gl.constexpr, GROUP: gl.constexpr, E: gl.constexpr,
     PARTS: gl.constexpr, BUFFERS: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, KEEP: gl.constexpr,
@@ -80,7 +80,7 @@ def hopper_forward_kernel(
     queries = q_smem, q_full, q_empty
     ring = k_smem, v_smem, full, empty
     work = pieces, runs
-    arrival = far_k, far_v, flags, error, SHARED, EPOCH, SLOT, PATIENCE
+    arrival = far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE
     result = out, lse, before, out_strides, lse_strides, before_strides
     rows = queries, ring, work, result, error, scale, LENGTH
     copies = q, k, v, queries, ring, work, arrival

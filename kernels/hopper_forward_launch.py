@@ -20,7 +20,7 @@ from .tuning import Tiling, architecture, tiling_for
 __all__ = ["forward"]
 
 ROWS = 64  # of a tile, that a warpgroup owns
-NOTHING = (None, None, None, None, 1, 0, 1, 0)  # is on its way
+NOTHING = (None, None, None, None, None, 1, 1, 0)  # is on its way
 REGISTERS = {2: (240, 168), 3: (160, 128)}  # by warpgroups: for each thread of theirs, and when the program starts
 
 
@@ -34,9 +34,10 @@ def forward(
     out_dtype: torch.dtype,
     arrival: Arrival | None = None,
     margin: int = 0,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`Kernel.forward`; with `arrival`, also of keys and values that are still on their way; on all multiprocessors but
-    `margin`."""
+    `margin`; written to `into`, contiguous, if given."""
     batch, rows, heads, d = q.shape
     groups, e = v.shape[2:]
     tiling = tiling_for("hopper forward", architecture(q.device), q.dtype, max(d, e, NARROWEST), rows)
@@ -44,8 +45,11 @@ def forward(
         out, lse = running or nothing_seen(q, v)
         return out.to(out_dtype), lse
     if running is None:
-        out = before = q.new_empty(batch, rows, heads, e, dtype=out_dtype)
-        lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
+        out, lse = into or (
+            q.new_empty(batch, rows, heads, e, dtype=out_dtype),
+            q.new_empty(batch, heads, rows, dtype=torch.float32),
+        )
+        before = out
     else:
         before, lse = running
         out = before if before.dtype == out_dtype else torch.empty_like(before, dtype=out_dtype)
@@ -77,7 +81,7 @@ def forward(
 def waited(arrival: Arrival, groups: int, keys: int) -> tuple:
     """What the kernel is told of keys on their way."""
     k, v, flags, epoch, slot, patience, error = arrival
-    return described(k, keys), described(v, keys), flags, error, groups // flags.shape[1], epoch, slot, patience
+    return described(k, keys), described(v, keys), flags, error, epoch, groups // flags.shape[1], slot, patience
 
 
 @cache

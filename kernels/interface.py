@@ -20,6 +20,8 @@ and gradients likewise, because with the *global* lse and delta each piece's dq,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +29,23 @@ from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Arrival", "Capped", "Kernel", "accumulate_dtype", "nothing_seen", "rounded", "row_delta"]
+__all__ = ["Arrival", "Capped", "Kernel", "Part", "Three", "accumulate_dtype", "nothing_seen", "row_delta", "settled"]
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Part(NamedTuple):
+    """Gradients dk, dv of the stretch `keys` of a shard, [B, keys, G, D] and [B, keys, G, E]."""
+
+    keys: slice
+    dk: Tensor
+    dv: Tensor
+
+    def within(self, start: int, stop: int) -> Part:
+        """That of fewer keys."""
+        inside = slice(start - self.keys.start, stop - self.keys.start)
+        return Part(slice(start, stop), self.dk[:, inside], self.dv[:, inside])
 
 
 class Arrival(NamedTuple):
@@ -37,7 +55,7 @@ class Arrival(NamedTuple):
     Segments count keys in slots: the first holds the keys that the kernel is called with, the others these.
     k, v: [B, sources * slot, G, D] and [B, sources * slot, G, E].
     flags: int32 [sources, F], on the device, F a divisor of G: of every source the first G / F heads have a flag, and
-        so on. They are there as soon as it has reached `epoch` (may wrap around).
+        so on. They are there as soon as it has reached `epoch` (int32 [1], on the device; may wrap around).
     patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes one
         more than the flag's place in `flags`, no flag is waited for any longer, and all of out and lse that is computed
         from then on is NaN. So it is if `error` does not hold 0 to begin with.
@@ -46,7 +64,7 @@ class Arrival(NamedTuple):
     k: Tensor
     v: Tensor
     flags: Tensor
-    epoch: int
+    epoch: Tensor
     slot: int
     patience_ns: int
     error: Tensor
@@ -94,8 +112,11 @@ class Kernel(Protocol):
         """`row_delta`, as this kernel computes it."""
         ...
 
-    def rounded(self, sums: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """`rounded`, as this kernel computes it."""
+    def settled(
+        self, dq: Tensor, own: Sequence[Part], parts: Sequence[Part], dtype: torch.dtype, into: Three | None = None,
+        kept: dict[Any, Any] | None = None,
+    ) -> Three:  # fmt: skip
+        """`settled`, as this kernel computes it."""
         ...
 
     def backward(
@@ -139,7 +160,7 @@ class Capped:
         self.kernel: Any = kernel  # its methods take one argument more
         self.softcap = softcap
         self.name, self.reads_delta = kernel.name, kernel.reads_delta
-        self.refuses, self.row_delta, self.rounded = kernel.refuses, kernel.row_delta, kernel.rounded
+        self.refuses, self.row_delta, self.settled = kernel.refuses, kernel.row_delta, kernel.settled
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         return self.kernel.forward(*arguments, **options, softcap=self.softcap)
@@ -159,10 +180,34 @@ def row_delta(dout: Tensor, out: Tensor) -> Tensor:
     return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).contiguous()
 
 
-def rounded(sums: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous dq, dk and dv of a dtype, from those that `Kernel.backward` gives. One that has the dtype stays."""
-    dq, dk, dv = (x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in sums)
-    return dq, dk, dv
+def settled(
+    dq: Tensor, own: Sequence[Part], parts: Sequence[Part], dtype: torch.dtype, into: Three | None = None,
+    kept: dict[Any, Any] | None = None,
+) -> Three:  # fmt: skip
+    """Contiguous dq, dk and dv of a dtype: sums as `Kernel.backward` gives them, added up and rounded once.
+
+    Args:
+        dq: [B, L, H, D]; may lie in any order.
+        own: gradients of all keys of a shard, in one part or two, contiguous; may be written to.
+        parts: what is added to them, in this order, contiguous.
+        into: where the results are to be, contiguous.
+        kept: where a kernel keeps what follows from where parts lie, for the next time.
+    """
+    for each, part in product(own, parts):
+        start, stop = max(each.keys.start, part.keys.start), min(each.keys.stop, part.keys.stop)
+        if start < stop:
+            for total, more in zip(each.within(start, stop)[1:], part.within(start, stop)[1:], strict=True):
+                total.add_(more)
+    keys = max(part.keys.stop for part in own)
+    if into is None:
+        sums = (dq, dq.shape[1]), (own[0].dk, keys), (own[0].dv, keys)
+        new_q, new_k, new_v = (x.new_empty((x.shape[0], length, *x.shape[2:]), dtype=dtype) for x, length in sums)
+        into = new_q, new_k, new_v
+    into[0].copy_(dq)
+    for part in own:
+        into[1][:, part.keys].copy_(part.dk)
+        into[2][:, part.keys].copy_(part.dv)
+    return into
 
 
 def nothing_seen(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype, nothing_seen, rounded
+from .interface import accumulate_dtype, nothing_seen
 
 __all__ = ["TritonKernel", "module"]
 
@@ -56,10 +56,8 @@ class TritonKernel:
     def row_delta(self, dout, out):
         return module("triton_launch").row_delta(dout, out)
 
-    def rounded(self, sums, dtype):
-        if dtype == torch.float32:
-            return rounded(sums, dtype)
-        return module("triton_rounding").rounded(sums, dtype)
+    def settled(self, dq, own, parts, dtype, into=None, kept=None):
+        return module("triton_settling").settled(dq, own, parts, dtype, into, kept)
 
     def backward(
         self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None, softcap=0.0

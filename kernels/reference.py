@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .interface import accumulate_dtype, nothing_seen, rounded, row_delta
+from .interface import accumulate_dtype, nothing_seen, row_delta, settled
 from .merge import merge_
 from .segments import Segments
 
@@ -47,7 +47,7 @@ class ReferenceKernel:
     reads_delta = True
     caps_scores = True
     row_delta = staticmethod(row_delta)
-    rounded = staticmethod(rounded)
+    settled = staticmethod(settled)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None

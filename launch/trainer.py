@@ -132,7 +132,8 @@ class Trainer:
             group["lr"] = lr
         self.gradients.clear()
         loss = self.loss(part)
-        loss.backward()
+        with torch.autograd.set_multithreading_enabled(False):  # else it begins when another thread has woken up
+            loss.backward()
         self.gradients.sum_over_ranks()
         norm = self.gradients.clip(self.chosen.optimizer.clip)
         self.optimizer.step()

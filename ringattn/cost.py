@@ -26,8 +26,11 @@ from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, beside, 
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
 RAGGED = 0.15  # of the longest tile of a backward
-TILE, PROCESSORS = 128, 132  # query rows that a program works on at a time, and programs
+TILE, PROCESSORS = 128, 132  # query rows, or keys, that a program works on at a time, and programs
+LONGEST = 1.5  # how much longer than the mean the tiles take that come first
 ROOM = 132 / 126  # how much longer a forward takes that leaves multiprocessors to messages
+COPY = 7e-6  # seconds that each copy of an engine costs, however short
+SHORT = 3e-3  # seconds of forward and backward that a host may need longer to issue
 ALIKE = 0.003  # predictions that differ by less are as good as each other
 MEMORY_SHARE = 0.125  # of a GPU, for keys and gradients of other ranks
 
@@ -99,7 +102,7 @@ class Prediction(NamedTuple):
         ways = {"pull": f"flags, {groups}" if self.schedule.flags else "own keys first", "gather": groups}
         halves = "own gradients in halves" if self.schedule.halves else "own gradients last"
         way = ways.get(self.executor)
-        name = f"{self.executor} ({way}, {halves})" if way else self.executor
+        name = f"{self.executor} ({way}, {halves}{', replayed' * self.schedule.replay})" if way else self.executor
         return (
             f"{name}: forward {self.forward * 1e3:.3g} ms, backward {self.backward * 1e3:.3g} ms, "
             f"{self.memory / 2**30:.3g} GiB"
@@ -209,14 +212,18 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         own, remote = (sum(load.compute(rank, s) for s in ranks if (s == rank) == mine) for mine in (True, False))
         if schedule.flags:  # the first tiles have their own keys to do while the others' come
             tiles = load.batch * load.q_heads * plan.layout.lengths[rank] / TILE
-            stall = max(0.0, first - own * min(1.0, PROCESSORS / max(tiles, 1)))
+            stall = max(0.0, first - own * min(1.0, LONGEST * PROCESSORS / max(tiles, 1)))
             taken = MEETING + stall + beside(own + remote + LAUNCH, come, "copy engine")
+            taken += 2 * COPY * schedule.head_groups
         else:
             merged = load.merge(rank) if remote else 0.0
             taken = beside(own + LAUNCH, come, "copy engine") + MEETING + remote + LAUNCH + merged
         forward = max(forward, taken)
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
+        if schedule.halves:  # half of the keys may be too few tiles for all processors
+            tiles = load.batch * load.kv_heads * plan.layout.lengths[rank] / TILE / 2
+            early, own = (seconds * max(1.0, PROCESSORS / max(tiles, 1)) for seconds in (early, own))
         taken = beside(early + LAUNCH + load.ragged(rank), come, "copy engine") if schedule.halves else come
         taken += remote + LAUNCH + beside(own - early + LAUNCH, home, "copy engine") + 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)
@@ -226,6 +233,9 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
     issued += 3 * copies * schedule.head_groups * HOST["copy"]
     issued_back = HOST["backward"] + (2 + schedule.halves) * 2 * HOST["launch"] + 2 * HOST["travel"]
     issued_back += 6 * copies * HOST["copy"]
+    if forward + backward < SHORT and plan.mask.documents is None:  # documents do not come again
+        schedule = schedule._replace(replay=True)
+        issued = issued_back = HOST["replay"]
     slot = slot_of(plan) if schedule.flags else None
     longest = max(remote_axis(plan, rank, slot).length for rank in ranks)
     most = max(sum(span(plan, rank, s)[1] for rank in ranks if rank != s) for s in ranks)

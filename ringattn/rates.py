@@ -43,7 +43,15 @@ MEMORY = 3.5e12  # bytes a second to and from memory
 # How much slower attention is beside such traffic.
 BESIDE = {"narrow p2p": 1.05, "p2p": 1.3, "copy engine": 1.09, "network": 1.05}
 # Seconds of the host; a backward begins in a thread of torch's that has to wake up.
-HOST = {"call": 50e-6, "backward": 600e-6, "launch": 35e-6, "travel": 40e-6, "copy": 8e-6, "message": 150e-6}
+HOST = {
+    "call": 50e-6,
+    "backward": 600e-6,
+    "launch": 35e-6,
+    "travel": 40e-6,
+    "copy": 8e-6,
+    "message": 150e-6,
+    "replay": 120e-6,
+}
 
 
 def seconds(link: str, nbytes: float) -> float:

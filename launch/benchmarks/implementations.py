@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ringattn.kernels.interface import Kernel
+from ringattn.kernels.interface import Kernel, Part
 from ringattn.kernels.registry import KERNELS
 from ringattn.kernels.segments import Segments
 from ringattn.plan import make_plan
@@ -47,7 +47,8 @@ class Ours(Implementation):
         out, lse, segments, scale = saved
         delta = self.kernel.row_delta(x.dout, out)
         inputs, dtype = (x.dout, x.q, x.k, x.v, out, lse, delta, segments), x.q.dtype
-        return self.kernel.rounded(self.kernel.backward(*inputs, scale=scale, out_dtype=dtype), dtype)
+        dq, dk, dv = self.kernel.backward(*inputs, scale=scale, out_dtype=dtype)
+        return self.kernel.settled(dq, [Part(slice(0, dk.shape[1]), dk, dv)], [], dtype)
 
 
 class FlashAttention4(Differentiated):

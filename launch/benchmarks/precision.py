@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringattn.executors import ring
 from ringattn.executors.call import Buffers, Call
-from ringattn.kernels.interface import Kernel, accumulate_dtype, row_delta
+from ringattn.kernels.interface import Kernel, accumulate_dtype, row_delta, settled
 from ringattn.kernels.merge import merge_
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import LAYOUTS
@@ -58,6 +58,7 @@ class RoundedPartials:
     """A kernel whose partial results leave it in the dtype of the inputs."""
 
     name = "rounded"
+    row_delta, settled = staticmethod(row_delta), staticmethod(settled)
 
     def __init__(self, kernel: Kernel):
         self.kernel, self.reads_delta = kernel, kernel.reads_delta
@@ -87,7 +88,7 @@ def through_the_ring(plan: Plan, kernel: Kernel, case: Case, inputs: Inputs) -> 
         call = Call(plan, rank, kernel, case.head_dim**-0.5, transport, Buffers())
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
         out, lse = ring.forward(call, q, k, v)
-        grads = ring.backward(call, dout, q, k, v, out, lse, row_delta(dout, out))
+        grads = ring.backward(call, dout, q, k, v, out, lse, None)
         return Result(out, *(grad.to(q.dtype) for grad in grads))
 
     parts = simulate(plan.ranks, work)

@@ -87,10 +87,11 @@ class Station:
         del poisoned
 
     def differentiate(self, each: Across, x: Inputs) -> tuple[Tensor, ...]:
-        """out, dq, dk, dv."""
+        """out, dq, dk, dv; the backward in this thread, as in our trainer."""
         q, k, v = (tensor.detach().requires_grad_() for tensor in x[:3])
         out = each.attend(q, k, v, self.case)
-        return out.detach(), *torch.autograd.grad(out, (q, k, v), x.dout)
+        with torch.autograd.set_multithreading_enabled(False):
+            return out.detach(), *torch.autograd.grad(out, (q, k, v), x.dout)
 
     @contextmanager
     def ready(self, each: Across, which: str) -> Iterator[tuple[Callable[[], object], Inputs]]:

@@ -49,6 +49,7 @@ class Schedule(NamedTuple):
         False  # pull: one launch for all keys, that looks itself which have come; else own keys have their own
     )
     halves: bool = True  # backward: own keys in two launches, one while keys come and one while gradients go home
+    replay: bool = False  # what a call starts is recorded, and started as a whole when its tensors come again
     head_groups: int = 1  # the heads' keys come in so many groups; of gather's, two are held at a time
 
 
@@ -68,6 +69,7 @@ class Call:
     symmetric: Symmetric | None = None  # None where ranks cannot reach each other's memory
     schedule: Schedule = DEFAULT
     derived: dict[Hashable, Any] = field(default_factory=dict, compare=False)  # what an executor keeps between calls
+    replays: dict[Hashable, Any] = field(default_factory=dict, compare=False)  # see `ringattn.replay`
 
 
 def with_room(call: Call) -> dict[str, int]:
@@ -89,7 +91,16 @@ class Executor(Protocol):
         ...
 
     def backward(
-        self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor, /
+        self,
+        call: Call,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        /,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv of this rank's queries, keys and values, in the dtype of these or that of sums."""
+        """dq, dk and dv of this rank's queries, keys and values, in the dtype of these."""
         ...

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ringattn.executors.axis import Axis, slots, span, spans
 from ringattn.executors.call import Call
-from ringattn.executors.home import Backward, Part
-from ringattn.kernels.interface import accumulate_dtype
+from ringattn.executors.home import Backward
+from ringattn.kernels.interface import Part, accumulate_dtype
 from ringattn.kernels.segments import Segments
 from ringattn.plan import Plan
 from ringattn.transport.interface import Message, Move
@@ -116,14 +116,13 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = 
 
 
 def backward(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's queries, keys and values; see `ring.backward`."""
+    work = Backward(call, dout, q, k, v, out, lse, dlse)
     if call.transport is None:
-        segments = call.plan.segments(0, 0)
-        inputs = dout, q, k, v, out, lse, delta, segments
-        return call.kernel.backward(*inputs, scale=call.scale, out_dtype=q.dtype)
-    work = Backward(call, dout, q, k, v, out, lse, delta)
+        work.own_keys(work.last)
+        return work.settle([])
     coming = bring(call, k, v, 0)
     work.own_keys(work.first)
     keys = coming()

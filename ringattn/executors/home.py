@@ -12,47 +12,40 @@ is fp32 in a fixed order, and rounded once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ringattn.executors.axis import within
 from ringattn.executors.call import Call
+from ringattn.kernels.interface import Kernel, Part, Three
 from ringattn.kernels.segments import Segments
 
-__all__ = ["Backward", "Part"]
-
-
-class Part(NamedTuple):
-    """Gradients dk, dv of the stretch `keys` of a shard, in fp32."""
-
-    keys: slice
-    dk: Tensor
-    dv: Tensor
-
-    def within(self, start: int, stop: int) -> Part:
-        """That of fewer keys."""
-        inside = slice(start - self.keys.start, stop - self.keys.start)
-        return Part(slice(start, stop), self.dk[:, inside], self.dv[:, inside])
+__all__ = ["Backward", "delta_of"]
 
 
 class Backward:
     """One rank's backward: the tensors that every launch reads, and dq as it grows."""
 
-    def __init__(self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta):
+    def __init__(self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse):
         self.call = call
         self.dout, self.q, self.k, self.v = dout, q, k, v
-        self.out, self.lse, self.delta = out, lse, delta
-        self.dq: Tensor | None = None
+        self.out, self.lse = out, lse
+        # What launches share, delta among it: some kernels make something of it that all of them can use.
+        begin: Any = getattr(call.kernel, "begin", lambda *tensors, scale: None)
+        begun = begin(dout, q, v, out, lse, dlse, scale=call.scale)
+        self.delta: Any = delta_of(call.kernel, dout, out, dlse) if begun is None else None
+        self.running: dict[str, Any] = begun or {}
         cut = k.shape[1] // 2 if call.schedule.halves and call.plan.ranks > 1 else 0
         self.first, self.last = (slice(cut, k.shape[1]), slice(0, cut)) if cut else (None, slice(0, k.shape[1]))
         self.own: list[Part] = []
 
     def differentiate(self, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         """dk and dv of some keys, contiguous; adds to dq."""
-        self.dq, dk, dv = self.call.kernel.backward(
-            self.dout, self.q, k, v, self.out, self.lse, self.delta, segments, scale=self.call.scale, dq=self.dq
+        inputs = self.dout, self.q, k, v, self.out, self.lse, self.delta, segments
+        alone = self.q.dtype if self.call.plan.ranks == 1 else None  # nobody adds to these
+        self.running["dq"], dk, dv = self.call.kernel.backward(
+            *inputs, scale=self.call.scale, out_dtype=alone, **self.running
         )
         return dk.contiguous(), dv.contiguous()
 
@@ -61,27 +54,18 @@ class Backward:
         if keys is None:
             return
         call = self.call
-        segments = within(call.plan.segments(call.rank, call.rank), keys.start, keys.stop)
-        self.own.append(Part(keys, *self.differentiate(self.k[:, keys], self.v[:, keys], segments)))
+        segments, k, v = call.plan.segments(call.rank, call.rank), self.k, self.v
+        if keys.stop - keys.start < k.shape[1]:
+            segments, k, v = within(segments, keys.start, keys.stop), k[:, keys], v[:, keys]
+        self.own.append(Part(keys, *self.differentiate(k, v, segments)))
 
-    def settle(self, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order. All
-        are in fp32, but dk and dv in the dtype of k and v where they are put together of halves."""
-        assert self.dq is not None
-        for own in self.own:
-            for part in parts:
-                start, stop = max(own.keys.start, part.keys.start), min(own.keys.stop, part.keys.stop)
-                if start < stop:
-                    add(own.within(start, stop), part.within(start, stop))
-        if len(self.own) == 1:
-            return self.dq, self.own[0].dk, self.own[0].dv
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (self.k, self.v))
-        for own in self.own:
-            dk[:, own.keys].copy_(own.dk)
-            dv[:, own.keys].copy_(own.dv)
-        return self.dq, dk, dv
+    def settle(self, parts: list[Part], into: Three | None = None) -> Three:
+        """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order."""
+        call = self.call
+        return call.kernel.settled(self.running["dq"], self.own, parts, self.q.dtype, into, call.derived)
 
 
-def add(sums: Part, parts: Part) -> None:
-    """Adds to the gradients of the same keys, in one launch on a GPU."""
-    torch._foreach_add_([sums.dk, sums.dv], [parts.dk, parts.dv])  # pyright: ignore[reportPrivateImportUsage]
+def delta_of(kernel: Kernel, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """delta of `Kernel.backward`, [B, H, L]; dlse is the gradient of lse."""
+    delta = kernel.row_delta(dout, out)
+    return delta if dlse is None else delta - dlse

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ringattn.executors.axis import Axis, Piece, span, spans
 from ringattn.executors.call import Call
-from ringattn.executors.home import Backward, Part
-from ringattn.kernels.interface import Arrival, accumulate_dtype
+from ringattn.executors.home import Backward
+from ringattn.kernels.interface import Arrival, Part, Three, accumulate_dtype
 from ringattn.kernels.segments import NO_WINDOW, Segments
 from ringattn.plan import Plan
 from ringattn.transport.interface import WORDS, Mark, Put, Symmetric
@@ -231,8 +231,10 @@ def views(memory: Tensor, dtype: torch.dtype, first: tuple[int, ...], second: tu
     return flat[:cut].view(first), flat[cut : cut + torch.Size(second).numel()].view(second)
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None) -> Pair:
-    """Attention of this rank's queries over the whole sequence; see `ring.forward`."""
+def forward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = None, *, into: Pair | None = None
+) -> Pair:
+    """Attention of this rank's queries over the whole sequence; see `ring.forward`. out and lse may be in `into`."""
     there = map_of(call, k, v, gradients=False)
     symmetric, attend = there.symmetric, call.kernel.forward
     there.bring(k, v)
@@ -241,10 +243,11 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = 
             gap.zero_()
         symmetric.hear(KEYS, there.poison)
         arrival = Arrival(
-            there.k, there.v, there.flags, symmetric.calls, there.slot, symmetric.patience, symmetric.late
+            there.k, there.v, there.flags, symmetric.count, there.slot, symmetric.patience, symmetric.late
         )
         waiting: Any = attend  # only a kernel that can is told to
-        result = waiting(q, k, v, there.segments, scale=call.scale, running=running, out_dtype=q.dtype, arrival=arrival)
+        how = {"scale": call.scale, "running": running, "out_dtype": q.dtype, "arrival": arrival}
+        result = waiting(q, k, v, there.segments, **how, **({} if into is None else {"into": into}))
     else:
         own: Segments = call.plan.segments(call.rank, call.rank)
         own_dtype = None if there.segments else q.dtype
@@ -257,12 +260,14 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, running: Pair | None = 
 
 
 def backward(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this rank's queries, keys and values; see `ring.backward`."""
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+    *, into: Three | None = None,
+) -> Three:  # fmt: skip
+    """Gradients of this rank's queries, keys and values, in `into` if given; see `ring.backward`."""
     there = map_of(call, k, v, gradients=True)
-    symmetric, work = there.symmetric, Backward(call, dout, q, k, v, out, lse, delta)
+    symmetric = there.symmetric
     there.bring(k, v)
+    work = Backward(call, dout, q, k, v, out, lse, dlse)
     work.own_keys(work.first)
     symmetric.hear(KEYS, there.poison)
     grads = work.differentiate(there.k, there.v, there.segments)
@@ -270,4 +275,4 @@ def backward(
     work.own_keys(work.last)
     symmetric.hear(BACK, there.home_poison)
     symmetric.finish()
-    return work.settle(there.parts)
+    return work.settle(there.parts, into)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ringattn.executors.axis import within
 from ringattn.executors.call import Call, with_room
-from ringattn.executors.home import Backward, Part
-from ringattn.kernels.interface import accumulate_dtype, nothing_seen
+from ringattn.executors.home import Backward
+from ringattn.kernels.interface import Part, accumulate_dtype, nothing_seen
 from ringattn.kernels.segments import Segments
 from ringattn.plan import Plan
 from ringattn.transport.interface import Message
@@ -131,19 +131,19 @@ def first_hop(plan: Plan, source: int) -> int:
 
 
 def backward(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's queries, keys and values.
 
     Args:
-        dout, out (Tensor): [B, L, H, E]; lse, delta [B, H, L], see `Kernel.backward`; the rest as in `forward`.
+        dout, out (Tensor): [B, L, H, E]; lse and its gradient, if it has one, [B, H, L]; the rest as in `forward`.
 
     Returns:
-        dq, dk, dv shaped like q, k, v, in fp32 (fp64 for fp64 inputs) or, dk and dv, in the dtype of k and v.
+        dq, dk, dv like q, k, v, contiguous.
     """
     plan, rank = call.plan, call.rank
     ring = Neighbours(call, k, v)
-    work = Backward(call, dout, q, k, v, out, lse, delta)
+    work = Backward(call, dout, q, k, v, out, lse, dlse)
     dtype = accumulate_dtype(q)
     shard: Pair | None = (k.contiguous(), v.contiguous())
     gathered: Pair | None = None  # gradients of the shard of the step before, all ranks so far but its owner

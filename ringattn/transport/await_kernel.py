@@ -18,13 +18,14 @@ CHUNK = tl.constexpr(1024)
 NAN = tl.constexpr(-1)  # in every floating dtype, if all bits are set
 
 
-@triton.jit(do_not_specialize=["nans", "count", "patience", "me"])
+@triton.jit(do_not_specialize=["nans", "patience", "me"])
 def await_kernel(
-    p_words, p_error, p_late, p_poison, nans: tl.int64, count, patience: tl.int64, me, RANKS: tl.constexpr
+    p_words, p_error, p_late, p_poison, p_count, nans: tl.int64, patience: tl.int64, me, RANKS: tl.constexpr
 ):  # fmt: skip
-    """Words [RANKS] int32, and late [1] int32, in device memory, and so is poison, of so many `nans` of 4 bytes; error
-    [2] int64 in host memory: ranks not heard of (bits; -1 if it was late before), the count."""
+    """Words [RANKS] int32, late [1] and count [1] int32, in device memory, and so is poison, of so many `nans` of 4
+    bytes; error [2] int64 in host memory: ranks not heard of (bits; -1 if it was late before), the count."""
     start = globaltimer()
+    count = tl.load(p_count)
     late = tl.atomic_add(p_late, 0, sem="relaxed")
     missing = tl.cast(0, tl.int64)
     for peer in range(RANKS):

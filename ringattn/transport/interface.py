@@ -90,6 +90,7 @@ class Symmetric(Protocol):
 
     rank: int
     calls: int  # so far; equal on all ranks between calls
+    count: Tensor  # int32 [1] on the device: the call that the compute has come to
     generation: int  # how often regions have moved
     patience: int  # nanoseconds that a kernel may wait for a word
     late: Tensor  # int32 [1] on the device, zero until someone sets it who has waited so long

@@ -80,6 +80,7 @@ class SimulatedTransport:
         self.inbox: dict[int, deque[Tensor]] = {}
         self.wanted: dict[int, deque[tuple[Tensor, Callable[[], None]]]] = {}
         self.calls = self.generation = self.reserved = 0
+        self.count = torch.zeros(1, dtype=torch.int32)
         self.last = 0.0  # when all that was put will have arrived
         self.leaving = 0  # copies under way
         self.regions: list[Tensor] = []
@@ -195,6 +196,7 @@ class SimulatedTransport:
     def begin(self) -> None:
         """See `Symmetric.begin`."""
         self.calls += 1
+        self.count.fill_(self.calls)
 
     def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""

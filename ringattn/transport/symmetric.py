@@ -11,6 +11,7 @@ Source: torch.distributed._symmetric_memory, which maps the memory.
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from ringattn.transport.engine import Engine, Operation, Recording
 from ringattn.transport.interface import ROWS, WORDS, Mark, Put, TransportError
 
 __all__ = ["SymmetricMemory", "node"]
@@ -30,8 +32,6 @@ __all__ = ["SymmetricMemory", "node"]
 ALIGNMENT = 1024
 KNOWN = 256  # lists of copies that are remembered
 BY_A_KERNEL = -1  # found to be late, in place of a set of ranks
-
-Operation = Callable[[Sequence[int], int, int], None]  # takes tensors' addresses, the number of calls and a stream
 
 
 def node(device: torch.device) -> str:
@@ -49,47 +49,6 @@ class Mapped(NamedTuple):
 
     handle: object
     of_rank: list[Tensor]
-
-
-class Engine:
-    """What torch has no call for, or a slow one: each of these starts no kernel."""
-
-    def __init__(self) -> None:
-        from cuda.bindings import driver, runtime  # pyright: ignore[reportMissingImports]  # torch on CUDA brings them
-
-        self.driver, self.runtime = driver, runtime
-        self.any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
-
-    def put(self, put: Put, tensors: Sequence[Tensor]) -> Operation:
-        """The copy of a part of such a tensor, wherever it will then lie."""
-        number, destination = put.number, put.destination
-        source = tensors[number][put.part]
-        size, kind = source.element_size(), self.any_direction
-        to, offset = destination.data_ptr(), source.data_ptr() - tensors[number].data_ptr()
-        if destination.is_contiguous() and source.is_contiguous():
-            nbytes, copy = source.numel() * size, self.runtime.cudaMemcpyAsync
-            return lambda bases, _count, stream: checked(copy(to, bases[number] + offset, nbytes, kind, stream))
-        rows, width, copy = source.shape[0], source[0].numel() * size, self.runtime.cudaMemcpy2DAsync
-        there, here = destination.stride(0) * size, source.stride(0) * size
-        return lambda bases, _count, stream: checked(
-            copy(to, there, bases[number] + offset, here, width, rows, kind, stream)
-        )
-
-    def mark(self, words: Tensor) -> Operation:
-        """Writes words of 32 bits, once all that the stream holds is visible."""
-        addresses = [words.data_ptr() + 4 * index for index in range(words.numel())]
-        write = self.driver.cuStreamWriteValue32
-
-        def run(_bases: Sequence[int], count: int, stream: int) -> None:
-            for address in addresses:
-                checked(write(stream, address, count, 0))
-
-        return run
-
-
-def checked(answer: tuple) -> None:
-    if answer[0]:
-        raise TransportError(f"a copy engine refused: {answer[0].name}")
 
 
 class SymmetricMemory:
@@ -120,7 +79,10 @@ class SymmetricMemory:
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
-        self.late = torch.zeros(1, dtype=torch.int32, device=device)
+        self.late, self.count = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        self.counting = self.engine.mark(self.count)
+        self.aside, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.latest: Recording | None = None  # a pool ends with the last graph that uses it, and cannot be used again
         self.all_words = self.map(4 * ROWS * WORDS)
         self.my_words = tuple(self.words(self.rank))
         self.arena: Mapped | None = None
@@ -174,6 +136,7 @@ class SymmetricMemory:
         self.barrier(f"free/{self.generation}")
         self.sizes, self.regions, self.arena = (), [], None
         self.known.clear()
+        self.latest, self.pool = None, torch.cuda.graph_pool_handle()
 
     def region(self, rank: int, index: int) -> Tensor:
         """See `Symmetric.region`."""
@@ -185,12 +148,44 @@ class SymmetricMemory:
 
     def begin(self) -> None:
         """See `Symmetric.begin`."""
+        self.turn()
+        self.counting((), self.calls, self.compute.cuda_stream)
+
+    def turn(self) -> None:
+        """Another call begins, on the current stream."""
         self.check()
         current = torch.cuda.current_stream(self.device)
         if current != self.compute:  # regions are used in turn in the order of calls, whatever their streams
             current.wait_stream(self.compute)
             self.compute = current
         self.calls += 1
+
+    def record(self, work: Callable[[], object]) -> Recording:
+        """What `work`, a call, starts; nothing is started. What it allocates is its own, and used at every start."""
+        self.check()
+        collecting = gc.isenabled()
+        gc.disable()  # what would be destroyed now may belong to CUDA, which must not be asked for that meanwhile
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        kept = self.compute, self.calls
+        self.compute, self.engine.recorded = self.aside, []
+        try:
+            with torch.cuda.stream(self.aside):
+                graph.capture_begin(self.pool, "thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
+            self.latest = Recording(self.engine.driver, graph, self.engine.recorded)
+            return self.latest
+        finally:
+            (self.compute, self.calls), self.engine.recorded = kept, None
+            if collecting:
+                gc.enable()
+
+    def replay(self, recording: Recording) -> None:
+        """Starts a call that was recorded."""
+        self.turn()
+        recording.start(self.calls, self.compute.cuda_stream)
 
     def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""
@@ -216,7 +211,7 @@ class SymmetricMemory:
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""
         nans = poison.numel() * poison.element_size() // 4
-        arguments = self.my_words[row], self.error, self.late, poison, nans, self.calls, self.patience, self.rank
+        arguments = self.my_words[row], self.error, self.late, poison, self.count, nans, self.patience, self.rank
         elsewhere = torch.cuda.current_device() != self.device.index
         with torch.cuda.device(self.device) if elsewhere else nullcontext():
             if self.waiting is None:

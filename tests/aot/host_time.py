@@ -27,6 +27,7 @@ from triton.runtime import driver
 import ringattn
 from ringattn.kernels import hopper_forward_launch, triton_launch
 from ringattn.kernels.hopper import HopperKernel
+from ringattn.kernels.interface import Part
 from ringattn.kernels.segments import Segment, Segments
 from tests.aot.report import NamedTarget
 
@@ -75,7 +76,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     segments, kernel = Segments([Segment(0, ROWS, 0, ROWS, 0)]), HopperKernel()
     out, lse = kernel.forward(q, k, v, segments, scale=0.1, out_dtype=q.dtype)
     delta = kernel.row_delta(dout, out)
-    sums = kernel.backward(dout, q, k, v, out, lse, delta, segments, scale=0.1)
+    dq, *sums = kernel.backward(dout, q, k, v, out, lse, delta, segments, scale=0.1)
+    own = [Part(slice(0, ROWS), *sums)]
     attend = ringattn.ContextParallel(kernel="hopper").attention
     leaves = [x.requires_grad_() for x in (q.clone(), k.clone(), v.clone())]
     result = attend(*leaves, causal=True)
@@ -83,7 +85,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "kernel forward": lambda: kernel.forward(q, k, v, segments, scale=0.1, out_dtype=q.dtype),
         "kernel delta": lambda: kernel.row_delta(dout, out),
         "kernel backward": lambda: kernel.backward(dout, q, k, v, out, lse, delta, segments, scale=0.1),
-        "kernel rounding": lambda: kernel.rounded(sums, q.dtype),
+        "kernel settling": lambda: kernel.settled(dq, own, own, q.dtype),
         "attention forward": lambda: attend(*leaves, causal=True),
         "attention backward": lambda: torch.autograd.grad(result, leaves, dout, retain_graph=True),
     }

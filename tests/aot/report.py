@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ringattn.kernels import hopper_backward_launch, hopper_forward_launch, triton_launch, triton_rounding
-from ringattn.kernels.interface import Arrival
+from ringattn.kernels import hopper_backward_launch, hopper_forward_launch, triton_launch, triton_settling
+from ringattn.kernels.interface import Arrival, Part
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tuning import LONG
 from ringattn.transport.await_kernel import await_kernel
@@ -83,12 +83,13 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
     triton_launch.row_delta(dout, out.to(dtype))
     triton_launch.key_gradients(dout, q, k, v, lse, delta, segments, 0.1, dk, dv)
     triton_launch.query_gradients(dout, q, k, v, lse, delta, segments, 0.1, dq)
-    triton_rounding.rounded((dq, dk, dv), dtype)
+    own = Part(slice(0, length), dk, dv)
+    triton_settling.settled(dq, [own], [own], dtype)
     if architecture == "sm_90":
         hopper_forward_launch.forward(q, k, v, segments, 0.1, None, dtype)
         hopper_forward_launch.forward(q, k, v, segments, 0.1, (out, lse), torch.float32)
         flags, error = torch.empty(2, 1, 4, dtype=torch.int32, device="meta")
-        arrival = Arrival(k, v, flags, 7, length, 1 << 40, error)
+        arrival = Arrival(k, v, flags, error, length, 1 << 40, error)
         hopper_forward_launch.forward(q, k, v, segments, 0.1, None, dtype, arrival)
         for deterministic in (False, True):
             inputs = (dout, q, k, v, lse, delta, segments, 0.1)
@@ -98,10 +99,10 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
 
 def wait(ranks: int) -> None:
     """For the words of so many ranks."""
-    words, late = torch.empty(2, ranks, dtype=torch.int32, device="meta")
+    words, late, count = torch.empty(3, ranks, dtype=torch.int32, device="meta")
     error, poison = torch.empty(2, dtype=torch.int64, device="meta"), torch.empty(9, dtype=torch.uint8, device="meta")
     launch: Any = await_kernel[(1,)]
-    launch(words, error, late, poison, 9, 7, 1 << 40, 1, ranks, num_warps=1)
+    launch(words, error, late, poison, count, 9, 1 << 40, 1, ranks, num_warps=1)
 
 
 def report(kernel) -> dict:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 FURTHER = Path(os.environ.get("RINGATTN_TRITONS", os.devnull)).resolve()
 RELEASES = {"installed": None} | {folder.name: folder for folder in sorted(FURTHER.glob("*"))}
 REGISTERS = 1 << 16  # of a multiprocessor
-BARE = ("await_kernel", "delta_kernel", "rounding_kernel", "prepare_kernel")  # nothing is multiplied
+BARE = ("await_kernel", "delta_kernel", "settling_kernel", "prepare_kernel")  # nothing is multiplied
 KERNELS = (*BARE[:3], "forward_kernel", "key_gradients_kernel", "query_gradients_kernel")
 HOPPER = ("hopper_forward_kernel", "prepare_kernel", "hopper_backward_kernel")
 # A release newer than the one that they were measured with keeps in memory what lanes are called, from the start of the

@@ -21,9 +21,9 @@ from ringattn.kernels import (
     hopper_forward_launch,
     launching,
     triton_launch,
-    triton_rounding,
+    triton_settling,
 )
-from ringattn.kernels.interface import Arrival
+from ringattn.kernels.interface import Arrival, Part
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from tests.aot.report import NamedTarget
 
@@ -74,7 +74,7 @@ def attend(draw: random.Random) -> None:
     lse, delta = torch.empty(2, batch, heads, rows)
     segments, scale = Segments([Segment(0, rows, 0, rows, 0, draw.choice([NO_WINDOW, 9]))]), draw.choice([0.1, 1, 1.0])
     flags, error = torch.empty(2, groups, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-    arrival = Arrival(k, v, flags, draw.choice([1, 5, 16]), rows, draw.choice([1, 1 << 40]), error)
+    arrival = Arrival(k, v, flags, error, rows, draw.choice([1, 1 << 40]), error)
     for out_dtype in (dtype, single):
         for running in (None, (of(heads, single), lse)):
             triton_launch.forward(q, k, v, segments, scale, running, out_dtype)
@@ -88,7 +88,8 @@ def attend(draw: random.Random) -> None:
         triton_launch.query_gradients(dout, q, k, v, lse, delta, segments, scale, dq)
         ordered = draw.choice([True, False])
         hopper_backward_launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, ordered)
-    triton_rounding.rounded(sums, dtype)
+    own = Part(slice(0, rows), *sums[1:])
+    triton_settling.settled(sums[0], [own], draw.choice([[], [own]]), dtype)
 
 
 def main(rounds: str) -> None:

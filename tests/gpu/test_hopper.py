@@ -41,7 +41,8 @@ def forward():
 
     def call(flags: Tensor, patience_ns: int) -> tuple[Tensor, Tensor, Tensor]:
         error = torch.zeros(1, dtype=torch.int32, device="cuda")
-        return *launch(q, *own, *options, Arrival(far_k, far_v, flags, EPOCH, SLOT, patience_ns, error)), error
+        epoch = torch.full_like(error, EPOCH)
+        return *launch(q, *own, *options, Arrival(far_k, far_v, flags, epoch, SLOT, patience_ns, error)), error
 
     plain = launch(q, k, v, *options)
     out, lse, error = call(ready(), SECOND)

@@ -12,23 +12,34 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.125
 
 
+@pytest.mark.parametrize("multiplied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pieces_add_up(dtype: torch.dtype):
+def test_pieces_add_up(dtype: torch.dtype, multiplied: bool):
     from ringattn.kernels.hopper_prepare import DELTA, PIECES, WEIGHT_0, WEIGHT_1, WEIGHT_2, prepare_kernel
 
-    rows, block, columns = 300, 256, PIECES.value
+    batch, heads, rows, block, columns, d, e = 2, 3, 50, 32, PIECES.value, 24, 17
     generator = torch.Generator().manual_seed(0)
-    lse, delta = (torch.randn(2, rows, generator=generator) * torch.logspace(-4, 6, rows)).to(DEVICE)
-    lse[7] = -torch.inf
-    pieces = torch.full((rows + 1, columns), torch.nan, dtype=dtype, device=DEVICE)
-    launch: Any = prepare_kernel[(-(-rows // block),)]
-    launch(lse, delta, pieces, SCALE, rows, BLOCK=block)
-    assert pieces[rows].isnan().all(), "written past the end"
+    size = torch.logspace(-4, 6, heads * rows).view(heads, rows)
+    lse, delta, dlse = (torch.randn(3, batch, heads, rows, generator=generator) * size).to(DEVICE)
+    lse[1, 2, 7] = -torch.inf
+    pieces = torch.full((batch * heads * rows + 1, columns), torch.nan, dtype=dtype, device=DEVICE)
+    dq = torch.full((batch * heads * rows + 1, d), torch.nan, device=DEVICE)
+    dout, out = torch.zeros(2, batch, rows, heads, e, device=DEVICE)
+    dout[..., 4], out[..., 4] = delta.mT, 1.0
+    dout[..., 16], out[..., 16] = dlse.mT, 1.0
+    tensors = (dout, out, lse, dlse) if multiplied else (None, None, lse, delta)
+    steps = (dout.stride()[:3], out.stride()[:3]) if multiplied else (None, None)
+    launch: Any = prepare_kernel[(-(-rows // block) * heads, batch)]
+    launch(*tensors, pieces, dq, SCALE, rows, *steps, HEADS=heads, D=d, E=e, BLOCK=block, BLOCK_D=32, BLOCK_E=32)
+    assert pieces[-1].isnan().all(), "written past the end"
+    assert dq[-1].isnan().all(), "written past the end"
+    assert dq[:-1].eq(0).all()
     weights = torch.zeros(columns, 2, dtype=torch.float64, device=DEVICE)
     for i, weight in enumerate((WEIGHT_0, WEIGHT_1, WEIGHT_2)):
         weights[i, 0] = weights[DELTA.value + i, 1] = weight.value
-    got_lse, got_delta = (pieces[:rows].double() @ weights).T
-    assert got_lse[7] < -1e8, "a row that sees nothing must get P = 0"
+    got_lse, got_delta = (pieces[:-1].double() @ weights).T.unflatten(1, lse.shape)
+    assert got_lse[1, 2, 7] < -1e8, "a row that sees nothing must get P = 0"
     seen = lse.isfinite()
     torch.testing.assert_close(got_lse[seen], -lse.double()[seen] / SCALE, rtol=2.0**-23, atol=2.0**-31)
-    torch.testing.assert_close(got_delta, -delta.double(), rtol=2.0**-23, atol=2.0**-31)
+    expected = ((delta + dlse) - dlse if multiplied else delta).double()
+    torch.testing.assert_close(got_delta, -expected, rtol=2.0**-23, atol=2.0**-31)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ringattn.kernels.interface import nothing_seen
+from ringattn.kernels.interface import Part, nothing_seen, settled
 from ringattn.kernels.portable import TritonKernel
 from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.segments import Segment, Segments
@@ -212,16 +212,26 @@ def test_bit_equal_from_run_to_run(tiling):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("done", [0, 2])
-def test_gradients_leave_contiguous_and_rounded(dtype, done):
-    shapes = (2, 37, 6, 80), (2, 21, 3, 80), (2, 21, 3, 48)
-    dq, dk, dv = (torch.randn(shape, device=DEVICE) for shape in shapes)
-    dq = dq.transpose(1, 2).contiguous().transpose(1, 2)  # heads before rows
-    dk, dv = (x.to(dtype) for x in (dk, dv)) if done else (dk, dv[..., :40])
-    got = KERNEL.rounded((dq, dk, dv), dtype)
-    assert all(x.is_contiguous() for x in got)
-    assert all(torch.equal(x, total.to(dtype)) for x, total in zip(got, (dq, dk, dv), strict=True))
-    assert not done or (got[1] is dk and got[2] is dv)
+@pytest.mark.parametrize("cut", [0, 9])
+@pytest.mark.parametrize("stretches", [(), ((0, 21), (3, 11), (20, 21), (5, 5))], ids=str)
+def test_gradients_are_added_up_rounded_and_contiguous(stretches, cut, dtype):
+    """Own ones in two halves, the later one first, and what others have to add, in the same order as without Triton."""
+
+    def part(start: int, stop: int) -> Part:
+        return Part(slice(start, stop), *(torch.randn(2, stop - start, 3, d, device=DEVICE) for d in (80, 48)))
+
+    dq = torch.randn(2, 6, 37, 80, device=DEVICE).transpose(1, 2)  # heads before rows
+    own = [part(cut, 21), part(0, cut)] if cut else [part(0, 21)]
+    parts = [part(*stretch) for stretch in stretches]
+    into = tuple(
+        torch.empty(2, length, heads, d, dtype=dtype, device=DEVICE)
+        for length, heads, d in ((37, 6, 80), (21, 3, 80), (21, 3, 48))
+    )
+    for where in (None, into):
+        got = KERNEL.settled(dq, own, parts, dtype, where)
+        expected = settled(dq, [Part(keys, dk.clone(), dv.clone()) for keys, dk, dv in own], parts, dtype)
+        assert all(x.is_contiguous() for x in got)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
 def test_refusals_say_why():

@@ -39,7 +39,7 @@ def across_ranks(
         call = Call(plan, rank, kernel, case.head_dim**-0.5, transport, Buffers(), symmetric, schedule)
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
         out, lse = module.forward(call, q, k, v)
-        grads = module.backward(call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out))
+        grads = module.backward(call, dout, q, k, v, out, lse, None)
         return Result(out, *(grad.to(q.dtype) for grad in grads))
 
     parts = simulate(plan.ranks, work, network)
@@ -109,9 +109,9 @@ def test_many_calls_share_memory(executor):
             call = calls.setdefault(case, new)
             q, k, v, dout = (plan.layout.shard(part, rank, 1) for part in x)
             out, lse = module.forward(call, q, k, v)
-            held.append((call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out)))
-        for call, dout, q, k, v, out, lse, delta in reversed(held):
-            results.append((out, *module.backward(call, dout, q, k, v, out, lse, delta)))
+            held.append((call, dout, q, k, v, out, lse))
+        for call, dout, q, k, v, out, lse in reversed(held):
+            results.append((out, *module.backward(call, dout, q, k, v, out, lse, None)))
         return results[::-1]
 
     for seed in range(8):
@@ -153,8 +153,7 @@ def test_when_a_call_returns_its_tensors_have_been_sent(executor):
         for x in mine:
             x.fill_(torch.nan)
         mine = k.clone(), v.clone()
-        delta = kernel.row_delta(dout, out)
-        grads = [x.clone() for x in module.backward(call, dout, q, *mine, out, lse, delta)]
+        grads = [x.clone() for x in module.backward(call, dout, q, *mine, out, lse, None)]
         for x in (*mine, *kernel.made):
             x.fill_(torch.nan)
         return Result(out, *grads)
@@ -228,7 +227,7 @@ def test_memory_keeps_to_what_is_foretold(executor, ranks):
         call = Call(plan, rank, KERNELS["reference"], 1.0, transport, buffers, symmetric, schedule)
         q, k, v, dout = torch.randn(4, 1, tokens, heads, head_dim)
         out, lse = module.forward(call, q, k, v)
-        module.backward(call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out))
+        module.backward(call, dout, q, k, v, out, lse, None)
         return buffers.nbytes + sum(region.numel() for region in transport.regions)
 
     load = Workload(plan, "reference", 1, heads, heads, head_dim, head_dim, 4, same_node=True, waits=False, memory=1)

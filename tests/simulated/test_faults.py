@@ -26,7 +26,7 @@ def steps(executor: str, plan, count: int = 3):
         for _ in range(count):
             q, k, v, dout = torch.ones(4, 1, plan.layout.lengths[rank], HEADS, HEAD_DIM)
             out, lse = EXECUTORS[executor].forward(call, q, k, v)
-            EXECUTORS[executor].backward(call, dout, q, k, v, out, lse, call.kernel.row_delta(dout, out))
+            EXECUTORS[executor].backward(call, dout, q, k, v, out, lse, None)
         return transport.clock.now[rank]
 
     return work

@@ -14,6 +14,7 @@ from torch import Tensor
 from ringattn import balance
 from ringattn.executors import pull
 from ringattn.executors.call import Buffers, Call
+from ringattn.executors.home import delta_of
 from ringattn.kernels.registry import choose_kernel
 from ringattn.layout import LAYOUTS
 from ringattn.plan import make_plan
@@ -90,8 +91,8 @@ def across_ranks(mix: Mix, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         symmetric = transport if module is pull else None
         call = Call(plan, rank, kernel, 0.3, transport, Buffers(), symmetric, schedule)
         out, lse = module.forward(call, q, k, v, seen_by_sinks(sinks, q, v) if mix.sinks else None)
-        delta = kernel.row_delta(dout, out) - dlse
-        grads = module.backward(call, dout, q, k, v, out, lse, delta)
+        grads = module.backward(call, dout, q, k, v, out, lse, dlse)
+        delta = delta_of(kernel, dout, out, dlse)
         return out, lse, *grads, sink_gradients(sinks, lse, delta) if mix.sinks else torch.zeros_like(sinks)
 
     out, lse, dq, dk, dv, dsinks = zip(*simulate(plan.ranks, work), strict=True)

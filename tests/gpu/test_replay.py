@@ -1,0 +1,64 @@
+"""Calls that are started from their record give the same bits as others, whatever has changed in between."""
+
+import pytest
+import torch
+
+import ringattn
+from tests.gang import run_ranks
+
+GPUS = torch.cuda.device_count()
+
+pytestmark = [pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"), pytest.mark.timeout(200)]
+
+
+def layers_and_steps(rank: int, kernel: str, halves: bool) -> tuple[int, int]:
+    """Two layers, forwards then backwards, step after step with other numbers in the same memory, and a call of another
+    shape between steps; how many records there are, and how many results were compared."""
+    from ringattn import preparation
+    from ringattn.cost import Choice
+    from ringattn.executors.call import Schedule
+    from ringattn.ranks import group_name, ranks_named
+
+    torch.cuda.set_device(rank)
+    ranks, records, compared = ranks_named(group_name(None)), 0, 0
+    cp = ringattn.ContextParallel(kernel=kernel, executor="pull", deterministic=True)
+    leaves = [
+        [torch.empty(2, 256, heads, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for heads in (8, 2, 2)]
+        for _ in range(2)
+    ]
+    others = [torch.randn(1, 128, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 4, 4)]
+    dout = torch.randn(2, 256, 8, 64, dtype=torch.bfloat16, device="cuda")
+    found: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for replay in (False, True):
+        schedule = Schedule(flags=kernel == "hopper", halves=halves, replay=replay)
+        preparation.choose = lambda *_, chosen=schedule: Choice("pull", chosen, "asked for by a test")
+        ranks.agreed.clear()
+        for step in range(6):
+            generator = torch.Generator("cuda").manual_seed(100 * step + rank)
+            with torch.no_grad():
+                for x in (x for layer in leaves for x in layer):
+                    x.copy_(torch.randn(x.shape, generator=generator, device="cuda"))
+            outs = [cp.attention(*layer, causal=True) for layer in leaves]
+            grads = [torch.autograd.grad(outs[number], leaves[number], dout) for number in (1, 0)]
+            if step % 2:
+                cp.attention(*others, causal=True)
+            for number, (out, more) in enumerate(zip(outs, grads[::-1], strict=True)):
+                results = [out.detach().clone(), *(x.clone() for x in more)]
+                if replay:
+                    assert all(torch.equal(x, y) for x, y in zip(results, found[step, number], strict=True))
+                    compared += len(results)
+                else:
+                    found[step, number] = results
+            del outs, grads, results, out, more
+        records = sum(x is not None for _, call in ranks.agreed.values() for x in call.replays.values())
+    return records, compared
+
+
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("kernel", ["hopper", "triton"])
+def test_the_same_bits(kernel, halves):
+    if kernel == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper GPUs")
+    for records, compared in run_ranks(GPUS, layers_and_steps, kernel, halves, backend="nccl", timeout=180):
+        assert records > 0
+        assert compared == 6 * 2 * 4
