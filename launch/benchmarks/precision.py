@@ -73,7 +73,7 @@ class RoundedPartials:
             merge_(out, lse, part, part_lse)
         return out.to(out_dtype or out.dtype), lse
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None):
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None):
         grads = self.kernel.backward(dout, q, k, v, out, lse, delta, segments, scale=scale)
         rounded = (grad.to(q.dtype).to(grad.dtype) for grad in grads)
         return tuple(
