@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import hopper_backward, hopper_walk
 from .dealing import queue
+from .hopper import WIDEST
 from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
-from .hopper_backward import hopper_backward_kernel
 from .hopper_prepare import PIECES, prepare_kernel
+from .hopper_tile import LOG2E
 from .launching import Constants, launch
 from .segments import Segments
 from .tiles import Work, key_tiles, to_device
@@ -23,11 +25,10 @@ from .turns import Turns, turns_of
 
 __all__ = ["backward", "begin"]
 
-KEYS, BLOCK, ROWS = 128, 128, 64  # keys of a tile, rows of a block and of a step
+# Keys of a tile, rows of a block and of a step, as the kernel has them.
+KEYS, BLOCK, ROWS = (size.value for size in (hopper_backward.KEYS, hopper_walk.BLOCK, hopper_walk.ROWS))
 PREPARED = 32  # rows of a program of `prepare_kernel`
 NONE = (0,)  # the shape of nothing
-WIDEST = 128  # head dim
-LOG2E = 1.4426950408889634
 PATIENCE = 7  # when sums are ordered, so many times the tiles of a head at work are at most the blocks that one walks
 
 
@@ -98,13 +99,13 @@ def backward(
         turns = segments.derive((turns_of, keys, q.device), lambda _: turns_of(work, BLOCK).to(q.device))
     sums = [described(x, ROWS, block) for x, block in ((dq, 64), (dk, width), (dv, width))]
     launch(
-        hopper_backward_kernel,
+        hopper_backward.hopper_backward_kernel,
         q.device,
         (order.shape[0], 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
-            *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E, cells,
+            *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
         ),
         (),
         (

@@ -143,7 +143,7 @@ class Kernel(Protocol):
             out, lse: the final, merged result of the forward, [B, L, H, E] and [B, H, L].
             delta: [B, H, L], `row_delta(dout, out)` less the gradient of lse, if it has one.
             dq, dk, dv: running sums to add to, in place. One that is None starts from zero.
-            out_dtype: what the gradients will be `rounded` to, if nothing will be added to them. Those that start from
+            out_dtype: what the gradients will be `settled` in, if nothing will be added to them. Those that start from
                 zero may have this dtype already.
         """
         ...

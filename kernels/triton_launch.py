@@ -20,7 +20,7 @@ from .triton_backward import delta_kernel, key_gradients_kernel, query_gradients
 from .triton_forward import forward_kernel
 from .tuning import Tiling, architecture, tiling_for
 
-__all__ = ["forward", "key_gradients", "positive", "query_gradients", "row_delta", "section", "start_sum"]
+__all__ = ["forward", "key_gradients", "positive", "query_gradients", "row_delta", "section"]
 
 L2_BUDGET = 32 << 20  # bytes that the heads of a section may read again and again: about half of the cache
 MOST_TILES = 65535  # the second dimension of a grid

@@ -52,9 +52,7 @@ def backward(dout, dlse, q, k, v, out, lse, sinks, cu_seqlens, settings: Setting
     """Gradients of q, k, v and of the sinks, empty if there are none."""
     executor, call = prepare(q, k, v, sinks, cu_seqlens, settings)
     if call.schedule.replay and sinks is None and dlse is None:
-        new_q, new_k, new_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        into = new_q, new_k, new_v
-
+        into = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         replaying: Any = executor  # only one that can is told to
         work = partial(replaying.backward, call, dout, q, k, v, out, lse, None, into=into)
         replayed(call, (dout, q, k, v, out, lse, *into), work)
