@@ -107,4 +107,4 @@ def test_what_starts_last_is_short(rank):
     for _, first, _, _ in pieces.tolist():
         heapq.heapreplace(done, done[0] + length[first])
     assert max(done) < 1.06 * np.mean(done)
-    assert len(set(pieces[:32, 0].tolist())) == 2  # and meanwhile few heads share the cache
+    assert len(set(pieces[:32, 0].tolist())) <= 4  # and meanwhile few heads share the cache
