@@ -37,6 +37,14 @@ class HopperKernel(TritonKernel):
         """This kernel, adding to dq in a fixed order or not, whatever torch is told."""
         return HopperKernel(deterministic)
 
+    def adds_in_any_order(self, q: Tensor, v: Tensor) -> bool:
+        """Whether launches of one backward may run side by side, since all of them add to the dq of `begin`."""
+        return not self.in_order and max(q.shape[-1], v.shape[-1]) <= WIDEST
+
+    @property
+    def in_order(self) -> bool:
+        return torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
+
     def refuses(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if find_spec("triton") is None:
             return "triton is not installed"
@@ -87,6 +95,5 @@ class HopperKernel(TritonKernel):
         """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        told = torch.are_deterministic_algorithms_enabled() if self.deterministic is None else self.deterministic
         launch = module("hopper_backward_launch")
-        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, told, out_dtype, pieces)
+        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, self.in_order, out_dtype, pieces)

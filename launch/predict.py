@@ -38,6 +38,7 @@ def dense(
         itemsize=2,
         same_node=same_node,
         waits=kernel == "hopper",
+        beside=kernel == "hopper",
         memory=H200,
     )
 

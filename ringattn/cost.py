@@ -17,15 +17,18 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from ringattn.executors.axis import slots, span
 from ringattn.executors.call import Schedule
 from ringattn.executors.pull import remote_axis, slot_of
 from ringattn.plan import Plan
-from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, beside, seconds
+from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, START, beside, seconds
 
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
-RAGGED = 0.15  # of the longest tile of a backward
+RAGGED = 0.06  # of the longest tile of a backward
+MIXED = 1.01  # how much longer launches of a backward take whose programs mix: they share the L2 cache
 TILE, PROCESSORS = 128, 132  # query rows, or keys, that a program works on at a time, and programs
 LONGEST = 1.5  # how much longer than the mean the tiles take that come first
 ROOM = 132 / 126  # how much longer a forward takes that leaves multiprocessors to messages
@@ -48,6 +51,7 @@ class Workload(NamedTuple):
     itemsize: int
     same_node: bool  # ranks reach each other's memory
     waits: bool  # the kernel can wait for keys while it runs
+    beside: bool  # launches of its backward can run side by side
     memory: int  # bytes of a GPU
 
     @property
@@ -72,12 +76,22 @@ class Workload(NamedTuple):
         rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
         return flops * 2.5 / rates.backward if backward else flops / rates.forward
 
-    def ragged(self, rank: int) -> float:
-        """Seconds that a launch of the backward more takes at its end, where some programs have nothing left to do: a
-        share of what the longest tile takes."""
+    def launched(self, rank: int, products: float) -> float:
+        """Seconds of a launch of the backward: as long as half of the longest tile takes, whose heads two programs may
+        share; and at its end some programs have nothing left to do, for a share of that time."""
+        if not products:
+            return 0.0
+        longest = self.longest_tile(rank)
+        return max(products, longest / 2) + START + RAGGED * longest
+
+    def longest_tile(self, rank: int) -> float:
+        """Seconds that one program would take for the keys that most rows see."""
+        plan = self.plan
+        rows = min(plan.layout.lengths[rank], int(np.diff(plan.mask.bounds(plan.layout.seq_len)).max(initial=0)))
+        rows = min(rows, plan.mask.left + plan.mask.right + TILE)
+        pairs = TILE * rows * self.q_heads // self.kv_heads
         rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
-        pairs = TILE * self.plan.layout.lengths[rank] * self.q_heads / self.kv_heads
-        return RAGGED * 5 * (self.head_dim + self.v_head_dim) * pairs * PROCESSORS / rates.backward
+        return 5 * (self.head_dim + self.v_head_dim) * pairs * PROCESSORS / rates.backward
 
     def merge(self, rank: int) -> float:
         """Seconds to write partial results, or dq, and to read them again."""
@@ -101,6 +115,7 @@ class Prediction(NamedTuple):
         groups = f"{self.schedule.head_groups} head group{'s' * (self.schedule.head_groups > 1)}"
         ways = {"pull": f"flags, {groups}" if self.schedule.flags else "own keys first", "gather": groups}
         halves = "own gradients in halves" if self.schedule.halves else "own gradients last"
+        halves += " beside the others'" * self.schedule.beside
         way = ways.get(self.executor)
         name = f"{self.executor} ({way}, {halves}{', replayed' * self.schedule.replay})" if way else self.executor
         return (
@@ -130,10 +145,10 @@ def predict(load: Workload) -> Iterator[Prediction]:
                 yield predict_gather(load, Schedule(halves=halves, head_groups=groups))
     if load.same_node:
         groups = [n for n in (1, 2, 4, 8) if load.waits and load.kv_heads % n == 0]
-        for halves in (True, False):
-            yield predict_pull(load, Schedule(halves=halves))
+        for halves, beside in ((True, False), (False, False), *[(True, True)] * load.beside):
+            yield predict_pull(load, Schedule(halves=halves, beside=beside))
             for n in groups:
-                yield predict_pull(load, Schedule(flags=True, halves=halves, head_groups=n))
+                yield predict_pull(load, Schedule(flags=True, halves=halves, beside=beside, head_groups=n))
 
 
 def predict_ring(load: Workload) -> Prediction:
@@ -187,12 +202,12 @@ def predict_gather(load: Workload, schedule: Schedule) -> Prediction:
         compute = sum(load.compute(rank, source) for source in ranks) / groups + LAUNCH
         forward = max(forward, travel + (groups - 1) * beside(compute, travel, "p2p") + compute)
         own = load.compute(rank, rank, True)
-        remote = sum(load.compute(rank, source, True) for source in ranks) - own + LAUNCH
+        remote = sum(load.compute(rank, source, True) for source in ranks) - own
         come = seconds("all-gather", (length - shard) * load.token_bytes)
         early = own / 4 if schedule.halves else 0.0
-        taken = beside(early + LAUNCH + load.ragged(rank), come, "p2p") if schedule.halves else come
-        taken += remote + beside(own - early, home, load.slowest)
-        backward = max(backward, taken + LAUNCH + (1 + schedule.halves) * load.merge(rank))
+        taken = beside(load.launched(rank, early), come, "p2p") + load.launched(rank, remote)
+        taken += beside(load.launched(rank, own - early), home, load.slowest)
+        backward = max(backward, taken + (1 + schedule.halves) * load.merge(rank))
         forward += load.merge(rank) / 2 if groups > 1 else 0.0  # results of the groups are put together
     issued = HOST["call"] + groups * (HOST["launch"] + HOST["travel"])
     memory = min(groups, 2) * length * load.token_bytes // groups
@@ -221,11 +236,14 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         forward = max(forward, taken)
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
-        if schedule.halves:  # half of the keys may be too few tiles for all processors
-            tiles = load.batch * load.kv_heads * plan.layout.lengths[rank] / TILE / 2
-            early, own = (seconds * max(1.0, PROCESSORS / max(tiles, 1)) for seconds in (early, own))
-        taken = beside(early + LAUNCH + load.ragged(rank), come, "copy engine") if schedule.halves else come
-        taken += remote + LAUNCH + beside(own - early + LAUNCH, home, "copy engine") + 2 * MEETING
+        before, others_too = load.launched(rank, early), load.launched(rank, remote)
+        if schedule.beside:
+            taken = beside(MIXED * load.launched(rank, own + remote) + START, come + home, "copy engine")
+            taken = max(taken, come + others_too + home)
+        else:
+            taken = beside(before, come, "copy engine") + others_too
+            taken += beside(load.launched(rank, own - early), home, "copy engine")
+        taken += 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)
         backward = max(backward, taken + sums)
     copies = plan.ranks - 1

@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import log
 from typing import NamedTuple
 
-__all__ = ["HOST", "KERNEL_RATES", "LAUNCH", "LINKS", "MEETING", "MEMORY", "beside", "seconds"]
+__all__ = ["HOST", "KERNEL_RATES", "LAUNCH", "LINKS", "MEETING", "MEMORY", "START", "beside", "seconds"]
 
 Curve = tuple[tuple[float, float], ...]  # (bytes, bytes a second), from small to large
 
@@ -38,6 +38,7 @@ LINKS: dict[str, Curve] = {  # NVLink: two H200s, NCCL on as many channels as `t
     "network": ((1 * MB, 15e9), (4.2 * MB, 32e9), (16.8 * MB, 42e9), (67 * MB, 46e9)),  # not measured
 }
 LAUNCH = 25e-6  # seconds to fill and drain the GPU
+START = 10e-6  # seconds to fill it
 MEETING = 10e-6  # seconds for ranks to hear from each other on the GPU
 MEMORY = 3.5e12  # bytes a second to and from memory
 # How much slower attention is beside such traffic.

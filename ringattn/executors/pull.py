@@ -20,6 +20,7 @@ Two regions of memory are used in turn (`transport.interface.Symmetric`), and a 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -268,10 +269,12 @@ def backward(
     symmetric = there.symmetric
     there.bring(k, v)
     work = Backward(call, dout, q, k, v, out, lse, dlse)
+    apart = symmetric.apart() if call.schedule.beside else nullcontext()
     work.own_keys(work.first)
-    symmetric.hear(KEYS, there.poison)
-    grads = work.differentiate(there.k, there.v, there.segments)
-    symmetric.copy(there.returns, grads)
+    with apart:
+        symmetric.hear(KEYS, there.poison)
+        grads = work.differentiate(there.k, there.v, there.segments)
+        symmetric.copy(there.returns, grads)
     work.own_keys(work.last)
     symmetric.hear(BACK, there.home_poison)
     symmetric.finish()

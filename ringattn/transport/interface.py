@@ -7,6 +7,7 @@ call keeps the tensors alive. Nothing here knows what the bytes mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -113,6 +114,11 @@ class Symmetric(Protocol):
 
     def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
         """Starts to put parts of some tensors, as the compute so far has left them, where they belong."""
+        ...
+
+    def apart(self) -> AbstractContextManager[None]:
+        """What is computed, heard and put in this context follows what was computed until now, and goes on beside what
+        is computed from now on outside of it. It must end by putting something: `finish` waits for that."""
         ...
 
     def hear(self, row: int, poison: Tensor) -> None:

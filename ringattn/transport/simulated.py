@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -222,6 +223,10 @@ class SimulatedTransport:
             self.leaving -= 1
 
         return arrive
+
+    def apart(self) -> AbstractContextManager[None]:
+        """See `Symmetric.apart`; here one thing is computed after the other."""
+        return nullcontext()
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import gc
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -72,7 +72,8 @@ class SymmetricMemory:
         self.regions: list[Sequence[Tensor]] = []  # of each rank
         self.engine = Engine()
         self.engines = torch.cuda.Stream(device, priority=-1)
-        self.start, self.done = torch.cuda.Event(), torch.cuda.Event()
+        self.start, self.done, self.parting = torch.cuda.Event(), torch.cuda.Event(), torch.cuda.Event()
+        self.second = torch.cuda.Stream(device)
         self.leaving: list[Sequence[Tensor]] = []  # tensors that are being put
         self.waiting: Any = None
         self.known: dict[Any, tuple[Sequence[Put | Mark], list[Operation]]] = {}
@@ -207,6 +208,22 @@ class SymmetricMemory:
             if len(self.known) > KNOWN:
                 del self.known[next(iter(self.known))]
         return known[1]
+
+    def apart(self) -> AbstractContextManager[None]:
+        """See `Symmetric.apart`: a second stream of the same priority, so that where both could go on, what was started
+        first does."""
+        self.parting.record(self.compute)
+        self.second.wait_event(self.parting)
+        return self.on_second()
+
+    @contextmanager
+    def on_second(self) -> Iterator[None]:
+        first, self.compute = self.compute, self.second
+        try:
+            with torch.cuda.stream(self.second):
+                yield
+        finally:
+            self.compute = first
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""

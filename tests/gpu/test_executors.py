@@ -5,12 +5,15 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import product
 
 import pytest
 import torch
 
 import ringattn
-from ringattn import ranks
+from ringattn import preparation, ranks
+from ringattn.cost import Choice
+from ringattn.executors.call import Schedule
 from ringattn.kernels.registry import choose_kernel
 from ringattn.launch.oracle import (
     Case,
@@ -22,6 +25,7 @@ from ringattn.launch.oracle import (
     exact,
     make_inputs,
 )
+from ringattn.ranks import group_name, ranks_named
 from tests.gang import run_ranks
 from tests.ranks import test_packed as packed
 from tests.ranks.test_attention import CASES, check_cases
@@ -107,3 +111,31 @@ def test_bit_equal_from_run_to_run():
     first, second = (run_ranks(GPUS, bits_of_results, tuple(EXECUTORS), backend="nccl", timeout=140) for _ in range(2))
     assert first == second
     assert first[0] == first[1]
+
+
+SCHEDULES = [
+    Schedule(flags=flags, head_groups=groups, **way)
+    for flags, groups in ((False, 1), (True, 2))
+    for way in ({}, {"halves": False}, {"beside": True})
+]
+
+
+def errors_of_schedules(rank: int) -> None:
+    """Causal and packed, the layouts that hide something from somebody; twice each, so that memory is in use again."""
+    documents = (0, 1, 700, 701, 2048, 3000, 4096)
+    dense, packed = Case(4096, 1, 8, 2, 128, True, torch.bfloat16), Case(4096, 2, 8, 2, 64, True, torch.bfloat16)
+    for layout, case in product(("zigzag", "balanced"), (dense, packed._replace(documents=documents))):
+        inputs = make_inputs(case, 0, "cuda")
+        right = exact(case, inputs)
+        baseline = attend_on_one_rank(choose_kernel("hopper", *inputs[:3]).kernel, case, inputs)
+        for schedule in SCHEDULES:
+            preparation.choose = lambda *_, chosen=schedule: Choice("pull", chosen, "asked for by a test")
+            cp = ringattn.ContextParallel(kernel="hopper", layout=layout, executor="pull")
+            ranks_named(group_name(None)).agreed.clear()
+            for _ in range(2):
+                assert_close(attend_across_ranks(cp, case, inputs), right, baseline)
+
+
+@pytest.mark.skipif(GPUS < 2 or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
+def test_every_schedule_of_pull():
+    run_ranks(GPUS, errors_of_schedules, backend="nccl", timeout=140)

@@ -10,7 +10,7 @@ from ringattn.rates import LINKS, seconds
 
 def workload(tokens: int, ranks: int, **changed) -> Workload:
     plan = make_plan("zigzag", tokens * ranks, ranks, causal=True)
-    given = {"same_node": True, "memory": 141 * 10**9, "kernel": "triton", "waits": False} | changed
+    given = {"same_node": True, "memory": 141 * 10**9, "kernel": "triton", "waits": False, "beside": False} | changed
     return Workload(plan, batch=1, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128, itemsize=2, **given)
 
 

@@ -26,6 +26,7 @@ EXECUTORS = {
     "gather by head groups": (gather, Schedule(halves=False, head_groups=3)),
     "pull": (pull, Schedule()),
     "pull, own keys at once": (pull, Schedule(halves=False)),
+    "pull, own keys beside": (pull, Schedule(beside=True)),
 }
 
 
@@ -230,7 +231,8 @@ def test_memory_keeps_to_what_is_foretold(executor, ranks):
         module.backward(call, dout, q, k, v, out, lse, None)
         return buffers.nbytes + sum(region.numel() for region in transport.regions)
 
-    load = Workload(plan, "reference", 1, heads, heads, head_dim, head_dim, 4, same_node=True, waits=False, memory=1)
+    shape = 1, heads, heads, head_dim, head_dim, 4
+    load = Workload(plan, "reference", *shape, same_node=True, waits=False, beside=True, memory=1)
     name = module.__name__.split(".")[-1]
     way = name, schedule._replace(halves=True)
     foretold = next(x.memory for x in predict(load) if (x.executor, x.schedule._replace(replay=False)) == way)
