@@ -1,7 +1,7 @@
 """Which program of a launch works on which tiles, and in which order, so that a GPU is busy until the end.
 
-A piece of work is a tile for one head. Pieces come in sections of as many heads as share the L2 cache; in a section the
-longest tiles come first, and for one tile its heads side by side.
+A piece of work is a tile for one head, or for a few that share keys. Pieces come in sections of as many heads as share
+the L2 cache; in a section the longest tiles come first, and for one tile its heads side by side.
 
 Where programs stay until the end (`deal`), each piece goes to the program that will be done first with what it has. So
 a queue would deal them as the programs run; here it is worked out beforehand, by the blocks that each walks. Dealt in
@@ -35,8 +35,8 @@ LONGER = 1.03  # how much longer an order may take than one that uses the L2 cac
 class Dealt(NamedTuple):
     """The work of a launch.
 
-    pieces [1 + R, P, 4] int32: how many pieces each of P programs has; then its pieces one after the other: head (of
-        all sequences' heads), the tile's first row, its first run, the end of its runs.
+    pieces [1 + R, P, 4] int32: how many pieces each of P programs has; then its pieces one after the other: first head
+        (of all sequences' heads), the tile's first row, its first run, the end of its runs.
     runs [N, 8] int32: see `tiles.Work`.
     """
 
@@ -93,9 +93,12 @@ def dealt_tiles(
     programs: int,
     all: bool,
     near: int = NO_WINDOW,
+    together: int = 1,
 ) -> Dealt:
-    """The tiles of `rows` query rows, for so many heads, dealt to at most so many programs; with `all`, also those that
-    see nothing. Keys from `near` on may come later: in each section, programs begin with tiles that do not see them."""
+    """The tiles of `rows` query rows, for so many heads, `together` in a piece, dealt to at most so many programs; with
+    `all`, also those that see nothing. Keys from `near` on may come later: in each section of `side` heads, programs
+    begin with tiles that do not see them."""
+    heads, side = heads // together, side // together
     work = query_tiles(segments, rows, block_rows, block_keys)
     tiles = work.tiles.numpy()[: None if all else work.busy]
     hands = deal(work.blocks(block_keys)[: len(tiles)], heads, side, min(programs, len(tiles) * heads))
@@ -107,7 +110,7 @@ def dealt_tiles(
     for program, hand in enumerate(hands):
         head, tile = np.array(hand).T
         pieces[0, program, 0] = len(hand)
-        pieces[1 : 1 + len(hand), program] = np.concatenate((head[:, None], tiles[tile]), 1)
+        pieces[1 : 1 + len(hand), program] = np.concatenate((together * head[:, None], tiles[tile]), 1)
     runs = work.runs if len(work.runs) else work.runs.new_zeros(1, 8)  # a kernel that looks ahead finds one
     return Dealt(torch.from_numpy(pieces), runs, work.windowed)
 

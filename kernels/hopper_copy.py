@@ -18,7 +18,10 @@ __all__ = ["copy_blocks"]
 
 
 @gluon.jit
-def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, WAIT: gl.constexpr):
+def copy_blocks(
+    operands,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, TOGETHER: gl.constexpr, PARTS: gl.constexpr, WAIT: gl.constexpr,
+):  # fmt: skip
     """Queries of every tile, and its blocks of keys and values: in one slot the keys of a block and the values of the
     one before, be it of the tile before."""
     q, k, v, queries, ring, work, arrival = operands
@@ -41,9 +44,9 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
     last_g = 0
     known = 0  # which of the first 32 flags are up: a look takes as long as a step
     for i_round in range(rounds_of(pieces)):
-        i_bh, row0, begin, end = locate(i_round, pieces)
-        i_b = i_bh // HEADS
-        i_h = i_bh % HEADS
+        bh0, row0, begin, end = locate(i_round, pieces)
+        i_b = bh0 // HEADS
+        i_h = bh0 % HEADS
         i_g = i_h // GROUP
         for i_run in range(begin, end):
             start = gl.load(runs + 8 * i_run)
@@ -72,7 +75,8 @@ def copy_blocks(operands, HEADS: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.co
                         at = buffer * PARTS + i
                         mbarrier.wait(q_empty.index(at), q_phase)
                         mbarrier.expect(q_full.index(at), q.block_type.nbytes)
-                        fetch(q, [i_b, i_h, row0 + i * ROWS, 0], q_full.index(at), q_smem.index(at))
+                        place = [i_b, i_h + i % TOGETHER, row0 + i // TOGETHER * ROWS, 0]
+                        fetch(q, place, q_full.index(at), q_smem.index(at))
                     buffer, q_phase = advance(buffer, q_phase, BUFFERS)
     if last >= 0:
         mbarrier.wait(empty.index(slot), phase)

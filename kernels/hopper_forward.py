@@ -1,9 +1,10 @@
 """FlashAttention forward over segments for Hopper GPUs (sm_90), in Gluon: `triton_forward`, with a role for every warp.
 
 A program stays on its multiprocessor and works on one tile of query rows after the other (`hopper_tile.locate`). One
-warp only copies (`hopper_copy`). Each of two or three warpgroups owns 64 rows of the tile. In step j it starts
-Q K_j^T and P_(j-1) V_(j-1) together and computes P_j when both are done, while the matrix units go on with the steps of
-the other warpgroups; they take turns (FlashAttention-3, arXiv:2407.08608, section 3.1):
+warp only copies (`hopper_copy`). Each of two or three warpgroups owns 64 rows of the tile: the same rows of a head of
+its own, where that many heads share keys, so that a tile is no taller than it must be, or else rows of the same head.
+In step j it starts Q K_j^T and P_(j-1) V_(j-1) together and computes P_j when both are done, while the matrix units go
+on with the steps of the other warpgroups; they take turns (FlashAttention-3, arXiv:2407.08608, section 3.1):
 
     matrix units      QK_j  PV_(j-1) | steps of the others | QK_(j+1)  PV_j | steps of the others
     this warpgroup                   | P_j ----------|                      | P_(j+1) ------|
@@ -43,7 +44,7 @@ def hopper_forward_kernel(
     q, k, v, out, lse, before, pieces, runs, scale, LENGTH,
     far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
     out_strides, lse_strides, before_strides,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, E: gl.constexpr,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, TOGETHER: gl.constexpr, E: gl.constexpr,
     PARTS: gl.constexpr, BUFFERS: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, KEEP: gl.constexpr,
     MERGE: gl.constexpr, WINDOW: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
@@ -51,8 +52,9 @@ def hopper_forward_kernel(
 
     MERGE: `before` and `lse` hold what was seen before. WAIT: keys from SLOT on are in far_k and far_v, and there when
     the flag says so (`await_flag`) that SHARED key/value heads of a slot have.
-    PARTS warpgroups; BUFFERS for the queries of as many tiles, SLOTS in the ring; REGISTERS for each thread of all
-    warpgroups but the first, which gets what is left. KEEP: queries are multiplied from registers.
+    TOGETHER heads share a tile, and keys. PARTS warpgroups; BUFFERS for the queries of as many tiles, SLOTS in the
+    ring; REGISTERS for each thread of all warpgroups but the first, which gets what is left. KEEP: queries are
+    multiplied from registers.
     """
     dtype: gl.constexpr = k.dtype
     ROWS: gl.constexpr = q.block_type.shape[2]
@@ -87,9 +89,9 @@ def hopper_forward_kernel(
     if PARTS == 2:
         gl.warp_specialize(
             [
-                (attend_rows, (0, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
-                (attend_rows, (1, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
-                (copy_blocks, (copies, HEADS, GROUP, PARTS, WAIT)),
+                (attend_rows, (0, rows, HEADS, TOGETHER, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (attend_rows, (1, rows, HEADS, TOGETHER, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (copy_blocks, (copies, HEADS, GROUP, TOGETHER, PARTS, WAIT)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -97,10 +99,10 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (attend_rows, (0, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
-                (attend_rows, (1, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
-                (attend_rows, (2, rows, HEADS, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
-                (copy_blocks, (copies, HEADS, GROUP, PARTS, WAIT)),
+                (attend_rows, (0, rows, HEADS, TOGETHER, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (attend_rows, (1, rows, HEADS, TOGETHER, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (attend_rows, (2, rows, HEADS, TOGETHER, E, PARTS, KEEP, MERGE, WINDOW, WAIT)),
+                (copy_blocks, (copies, HEADS, GROUP, TOGETHER, PARTS, WAIT)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 32],
@@ -110,16 +112,17 @@ def hopper_forward_kernel(
 @gluon.jit
 def attend_rows(
     PART: gl.constexpr, operands,
-    HEADS: gl.constexpr, E: gl.constexpr, PARTS: gl.constexpr, KEEP: gl.constexpr,
+    HEADS: gl.constexpr, TOGETHER: gl.constexpr, E: gl.constexpr, PARTS: gl.constexpr, KEEP: gl.constexpr,
     MERGE: gl.constexpr, WINDOW: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: 64 rows of every tile, the PART-th ones."""
+    """A warpgroup: 64 rows of every tile, those from ROW0 on, of the (PART mod TOGETHER)-th head."""
     queries, ring, work, result, error, scale, LENGTH = operands
     q_smem, q_full, q_empty = queries
     k_smem, v_smem, full, empty = ring
     pieces, runs = work
     BUFFERS: gl.constexpr = q_smem.shape[0] // PARTS
     ROWS: gl.constexpr = q_smem.shape[1]
+    ROW0: gl.constexpr = PART // TOGETHER * ROWS  # of the tile's rows
     SLOTS: gl.constexpr = k_smem.shape[0]
     KEYS: gl.constexpr = k_smem.shape[1]
     BLOCK_E: gl.constexpr = v_smem.shape[2]
@@ -140,12 +143,12 @@ def attend_rows(
     last_bh = -1  # the tile whose last product is still to come; none yet
     last_row0 = LENGTH
     rounds = rounds_of(pieces)
-    i_bh, tile0, begin, end = locate(0, pieces)
+    bh0, tile0, begin, end = locate(0, pieces)
     length = length_of(runs, gl.where(begin < end, begin, 0))
     for i_round in tl.range(rounds, disable_licm=True):
         following = gl.minimum(i_round + 1, rounds - 1)
-        next_bh, next_tile0, next_begin, next_end = locate(following, pieces)
-        row0 = tile0 + PART * ROWS
+        next_bh0, next_tile0, next_begin, next_end = locate(following, pieces)
+        i_bh, row0 = bh0 + PART % TOGETHER, tile0 + ROW0
         if begin < end:
             _, _, head, tail, shift, low, high, window = run_at(runs, begin)
             at = buffer * PARTS + PART
@@ -175,7 +178,7 @@ def attend_rows(
                 finish(b_acc, b_m, b_l, result, error, last_bh, last_row0, LENGTH, HEADS, E, WAIT)
                 b_acc, b_m, b_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
             if (head > 0) | (tail < KEYS):
-                last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
+                last_key, oldest_key = sight(length, shift, low, high, window, ROW0, ROWS, ROW)
                 b_s = hide(b_s, last_key, oldest_key, WINDOW)
             mbarrier.arrive(empty.index(slot), count=1)
             if KEEP:  # not before a product has read them: a load is under way for longer than a barrier takes
@@ -195,7 +198,7 @@ def attend_rows(
                     named_arrive(TURN + (PART + 1) % PARTS, TWO)
                     b_s = warpgroup_mma_wait(1, deps=(s,))
                     if (j < head) | (j >= tail):
-                        last_key, oldest_key = sight(length, shift, low, high, window, PART * ROWS, ROWS, ROW)
+                        last_key, oldest_key = sight(length, shift, low, high, window, ROW0, ROWS, ROW)
                         b_s = hide(b_s, last_key - j, oldest_key - j, WINDOW)
                     b_acc = warpgroup_mma_wait(0, deps=(acc,))
                     mbarrier.arrive(empty.index(slot), count=1)
@@ -211,7 +214,7 @@ def attend_rows(
             b_old_acc, b_old_m, b_old_l = start(b_acc, b_m, result, i_bh, row0, LENGTH, HEADS, E, MERGE)
             finish(b_old_acc, b_old_m, b_old_l, result, error, i_bh, row0, LENGTH, HEADS, E, WAIT)
             length = length_of(runs, gl.where(next_begin < next_end, next_begin, 0))
-        i_bh, tile0, begin, end = next_bh, next_tile0, next_begin, next_end
+        bh0, tile0, begin, end = next_bh0, next_tile0, next_begin, next_end
     if last_bh >= 0:
         mbarrier.wait(full.index(slot), phase)
         b_acc = shrink(b_acc, b_shrink)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .tuning import Tiling, architecture, tiling_for
 
 __all__ = ["forward"]
 
-ROWS = 64  # of a tile, that a warpgroup owns
+ROWS = 64  # of a head, that a warpgroup owns
 NOTHING = (None, None, None, None, None, 1, 1, 0)  # is on its way
 REGISTERS = {2: (240, 168), 3: (160, 128)}  # by warpgroups: for each thread of theirs, and when the program starts
 
@@ -54,11 +55,12 @@ def forward(
         before, lse = running
         out = before if before.dtype == out_dtype else torch.empty_like(before, dtype=out_dtype)
     units, group = batch * groups, heads // groups
+    together = gcd(tiling.rows // ROWS, group)  # heads that share keys, and so may share a tile
     walked = (k, v) if arrival is None else (k, v, arrival.k, arrival.v)
     side = group * section(units, sum(x.numel() for x in walked) * k.element_size() // units)
     programs, everything = max(processors(q.device) - margin, 1), not (running and out is before)
     near = NO_WINDOW if arrival is None else arrival.slot
-    shape = rows, tiling.rows, tiling.keys, batch * heads, side, programs, everything, near
+    shape = rows, tiling.rows // together, tiling.keys, batch * heads, side, programs, everything, near, together
     work = segments.derive((*shape, q.device), lambda s: dealt_tiles(s, *shape).to(q.device))
     launch(
         hopper_forward_kernel,
@@ -70,7 +72,7 @@ def forward(
             *(NOTHING if arrival is None else waited(arrival, groups, tiling.keys)),
         ),
         (strides(out), strides(lse), strides(before)),
-        constants(tiling, heads, group, max(d, e), e),
+        constants(tiling, heads, group, together, max(d, e), e),
         MERGE=running is not None,
         WINDOW=work.windowed,
         WAIT=arrival is not None,
@@ -85,13 +87,14 @@ def waited(arrival: Arrival, groups: int, keys: int) -> tuple:
 
 
 @cache
-def constants(tiling: Tiling, heads: int, group: int, width: int, e: int) -> Constants:
+def constants(tiling: Tiling, heads: int, group: int, together: int, width: int, e: int) -> Constants:
     """What the kernel is compiled for and that a shape and a tiling say."""
     parts = tiling.rows // ROWS
     registers, at_start = REGISTERS[parts]
     named = {
         "HEADS": heads,
         "GROUP": group,
+        "TOGETHER": together,
         "E": e,
         "PARTS": parts,
         "BUFFERS": 1 if tiling.keep or width > 128 else 2,  # wider ones leave no room

@@ -111,6 +111,6 @@ def rounds_of(pieces):
 
 @gluon.jit
 def locate(i_round, pieces):
-    """Head (of all sequences' heads), first row, first run and end of runs of a piece of work: see `dealing.py`."""
+    """First head (of all sequences' heads), first row, first run and end of runs of a piece of work (`dealing.py`)."""
     p_piece = pieces + 4 * ((i_round + 1) * gl.num_programs(0) + gl.program_id(0))
     return gl.load(p_piece), gl.load(p_piece + 1), gl.load(p_piece + 2), gl.load(p_piece + 3)

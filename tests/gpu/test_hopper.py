@@ -93,6 +93,30 @@ def test_a_flag_that_never_comes(forward):
     assert again[2].item() == 0
 
 
+@pytest.mark.parametrize(("heads", "groups", "d"), [(6, 2, 64), (8, 2, 64), (6, 2, 128), (8, 2, 128), (32, 1, 128)])
+def test_flags_whatever_heads_share_a_tile(heads, groups, d):
+    """Two sequences, a window, rows that fill no tile, onto what is there: the bits of keys that are all there."""
+    from ringattn.kernels.hopper_forward_launch import forward as launch
+
+    rows, last = 1000, SOURCES - 1
+    q, before = torch.randn(2, 2, rows, heads, d, device="cuda")
+    k, v = torch.randn(2, 2, SOURCES * SLOT, groups, d, device="cuda", dtype=torch.bfloat16)
+    lse, error = torch.randn(2, heads, rows, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    segments = Segments([Segment(0, rows, i * SLOT, SLOT, (last - i) * SLOT, 2500) for i in range(SOURCES)])
+    near, far = ([x[:, part] for x in (k, v)] for part in (slice(0, SLOT), slice(SLOT, None)))
+    flags = ready()[:, : min(groups, FLAGS)].contiguous()
+    arrival = Arrival(*far, flags, torch.full_like(error, EPOCH), SLOT, SECOND, error)
+
+    def attend(k: Tensor, v: Tensor, arrival: Arrival | None) -> tuple[Tensor, Tensor]:
+        running = before.clone(), lse.clone()
+        return launch(q.bfloat16(), k, v, segments, 0.1, running, torch.float32, arrival)
+
+    expected = attend(k, v, None)
+    assert expected[0].isfinite().all()
+    assert all(torch.equal(x, y) for x, y in zip(attend(*near, arrival), expected, strict=True))
+    assert error.item() == 0
+
+
 @pytest.mark.parametrize("d", [64, 128])
 def test_gradients_that_leave_at_once(d):
     """dk and dv in the dtype that they leave in: what rounding makes of the sums, bit by bit."""

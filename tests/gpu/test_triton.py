@@ -65,6 +65,9 @@ MODELS = [
     Model(32, 8, 128, 128, torch.bfloat16),
     Model(5, 5, 128, 64, torch.bfloat16),
     Model(3, 3, 48, 48, torch.float16),
+    Model(6, 2, 64, 64, torch.bfloat16),
+    Model(3, 1, 128, 128, torch.bfloat16),
+    Model(32, 1, 128, 128, torch.float16),
 ]
 CAPPED_MODELS = [Model(8, 2, 128, 128, dtype) for dtype in (*HALF, torch.float32)]
 

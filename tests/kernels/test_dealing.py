@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ringattn.kernels.dealing import BEGINNING, dealt_tiles, queue
-from ringattn.kernels.segments import Segment, Segments
+from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tiles import key_tiles, query_tiles
 from ringattn.plan import make_plan
 from tests.kernels.test_kernels import cut
@@ -20,8 +20,8 @@ DOCUMENTS = (0, 2067, 4633, 9630, 11886, 16384)
 
 def loads(segments: Segments, rows: int, **changed) -> np.ndarray:
     """The blocks that each program walks."""
-    options = {"heads": HEADS, "side": 16, "programs": PROGRAMS, "all": True} | changed
-    dealt = dealt_tiles(segments, rows, 128, 128, **options)
+    options = {"heads": HEADS, "side": 16, "programs": PROGRAMS, "all": True, "together": 1} | changed
+    dealt = dealt_tiles(segments, rows, 128 // options["together"], 128, **options)
     pieces, runs = dealt.pieces.numpy(), dealt.runs.numpy()
     blocks = -(-runs[:, 1] // 128)
     return np.array(
@@ -43,22 +43,24 @@ def test_shards_of_the_zigzag_layout_are_dealt_evenly(tokens, rank):
     assert each.max() <= 1.01 * each.mean()
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("everything", [True, False])
-def test_every_piece_once(everything):
+def test_every_piece_once(everything, together):
     segments = Segments([Segment(300, 500, 0, 700, 200)])  # tiles before and after see nothing
-    dealt = dealt_tiles(segments, 1000, 128, 128, 4, 2, 7, everything)
+    dealt = dealt_tiles(segments, 1000, 128, 128, 4, 2, 7, everything, together=together)
     work = query_tiles(segments, 1000, 128, 128)
     count, pieces = dealt.pieces.numpy()[0, :, 0], dealt.pieces.numpy()[1:]
     got = sorted(tuple(pieces[i, p].tolist()) for p in range(7) for i in range(count[p]))
     tiles = work.tiles.numpy() if everything else work.tiles.numpy()[: work.busy]
-    assert got == sorted((head, *tile.tolist()) for head in range(4) for tile in tiles)
+    assert got == sorted((head, *tile.tolist()) for head in range(0, 4, together) for tile in tiles)
 
 
-def test_tiles_that_need_what_is_there_come_first():
+@pytest.mark.parametrize("together", [1, 2])
+def test_tiles_that_need_what_is_there_come_first(together):
     """The same tiles for each program; in each section those that see no key behind `near` before the others."""
     segments, side = make_plan("zigzag", 16384, 2, causal=True).gathered_segments(0), 8
     options = segments, 8192, 128, 128, HEADS, side, PROGRAMS, True
-    plain, dealt = dealt_tiles(*options), dealt_tiles(*options, near=8192)
+    plain, dealt = (dealt_tiles(*options, near, together) for near in (NO_WINDOW, 8192))
     assert sorted(map(tuple, dealt.pieces[1:, 5].tolist())) == sorted(map(tuple, plain.pieces[1:, 5].tolist()))
     starts = dealt.runs[:, 0].numpy()
     for program in range(PROGRAMS):
@@ -78,9 +80,10 @@ def documents(rank: int) -> Segments:
     return plan.gathered_segments(rank)
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_packed_documents_are_dealt_evenly(rank):
-    each = loads(documents(rank), 8192)
+def test_packed_documents_are_dealt_evenly(rank, together):
+    each = loads(documents(rank), 8192, together=together)
     assert each.max() <= 1.02 * each.mean()
 
 

@@ -22,3 +22,32 @@ def test_room_for_others(margin: int, monkeypatch: pytest.MonkeyPatch):
     hopper_forward_launch.forward(q, k, v, segments, 0.1, None, q.dtype, margin=margin)
     processors = hopper_forward_launch.processors(q.device)
     assert grids == [(max(processors - margin, 1), 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "d", "together"),
+    [(32, 8, 128, 2), (32, 1, 128, 2), (6, 2, 128, 1), (4, 4, 128, 1), (8, 2, 64, 1), (12, 2, 64, 3), (4, 2, 256, 2)],
+)
+def test_every_row_of_every_head_once(heads: int, groups: int, d: int, together: int, monkeypatch: pytest.MonkeyPatch):
+    """As the warpgroups count them: part p of a tile takes 64 rows, of head p mod `together`."""
+    from ringattn.kernels import hopper_forward_launch
+
+    launches = []
+    monkeypatch.setattr(hopper_forward_launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(hopper_forward_launch, "launch", lambda *arguments, **more: launches.append(arguments))
+    batch, rows = 2, 1000
+    q = torch.empty(batch, rows, heads, d, dtype=torch.bfloat16)
+    k, v = torch.empty(2, batch, rows, groups, d, dtype=torch.bfloat16)
+    segments = Segments([Segment(70, 900, 0, rows, 0)])  # tiles before and after see nothing
+    hopper_forward_launch.forward(q, k, v, segments, 0.1, None, q.dtype)
+    ((_, _, (programs, _, _), arguments, _, constants),) = launches
+    pieces, parts = arguments[6], dict(constants)["PARTS"]
+    assert dict(constants)["TOGETHER"] == together
+    assert pieces.shape[1] == programs
+    written = []
+    for program in range(programs):
+        for head0, row0, _, _ in pieces[1 : 1 + pieces[0, program, 0], program].tolist():
+            of = [(head0 + part % together, row0 + part // together * 64) for part in range(parts)]
+            assert len({head // (heads // groups) for head, _ in of}) == 1  # which share keys
+            written += [(head, row) for head, row in of if row < rows]
+    assert sorted(written) == [(head, row) for head in range(batch * heads) for row in range(0, rows, 64)]
