@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_tile import run_at
 
-__all__ = ["BLOCK", "ROWS", "block_at", "place", "steps_of", "visit"]
+__all__ = ["BLOCK", "ROWS", "block_at", "masks_at", "place", "steps_of", "visit"]
 
 ROWS = gl.constexpr(64)  # of a step
 BLOCK = gl.constexpr(128)  # rows of a block, two steps
@@ -68,3 +68,21 @@ def block_at(n, length, head, tail):
     whole = (tail - head) // BLOCK
     masked = (gl.cdiv(length, BLOCK) - 1 - n) * BLOCK
     return gl.where(n < whole, tail - (n + 1) * BLOCK, gl.where(masked < head, masked, masked - head + tail))
+
+
+@gluon.jit
+def masks_at(j, runs, i_run):
+    """Which halves of the tile's keys need a mask in the step that begins at j of a run: where their two words begin
+    in a line of `hopper_backward_launch.places`."""
+    _, length, _, _, shift, low, high, window = run_at(runs, i_run)
+    first, second = masked(0, j, length, shift, low, high, window), masked(1, j, length, shift, low, high, window)
+    return gl.where(first, gl.where(second, 2, 3), gl.where(second, 1, 0))
+
+
+@gluon.jit
+def masked(HALF, j, length, shift, low, high, window):
+    """Whether any key of one half of the tile does not see all rows of the step that begins at j."""
+    key = HALF * 64
+    nearest = j + shift - (key + 63)  # from the half's last key to the step's first row
+    partial = (j + ROWS > length) | (key < low) | (key + 64 > high)
+    return partial | (nearest < 0) | (nearest + 63 + 63 >= window)
