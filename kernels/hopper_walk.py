@@ -14,7 +14,7 @@ from .hopper_tile import run_at
 __all__ = ["BLOCK", "ROWS", "block_at", "masks_at", "place", "steps_of", "visit"]
 
 ROWS = gl.constexpr(64)  # of a step
-BLOCK = gl.constexpr(128)  # rows of a block, two steps
+BLOCK = gl.constexpr(128)  # rows of a block: two steps, or one where the run ends in its first half
 
 
 @gluon.jit
@@ -44,11 +44,11 @@ def asm_of(register):
 def steps_of(order, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
     """How many steps this program walks."""
     _, _, _, _, first, end = place(order, GROUPS, GROUP, SHARE)
-    blocks = 0
+    steps = 0
     for i_run in range(first, end):
         _, length, _, _, _, _, _, _ = run_at(runs, i_run)
-        blocks += gl.cdiv(length, BLOCK)
-    return blocks * (SHARE * BLOCK // ROWS)
+        steps += gl.cdiv(length, ROWS)
+    return steps * SHARE
 
 
 @gluon.jit
