@@ -30,7 +30,7 @@ from .hopper_add import await_turn, reduce_add, reduced, viewed, write
 from .hopper_prepare import DELTA, PIECES
 from .hopper_steps import key_sums, query_sums, weights
 from .hopper_tile import advance, fetch, run_at
-from .hopper_walk import BLOCK, ROWS, block_at, place, steps_of, visit
+from .hopper_walk import BLOCK, ROWS, block_at, masks_at, place, steps_of, visit
 
 __all__ = ["hopper_backward_kernel"]
 
@@ -46,7 +46,7 @@ def hopper_backward_kernel(
     """dK and dV of every tile in `order`, stored or added, and dQ added to a sum.
 
     q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D], pieces of [B * H, L, PIECES] (`hopper_prepare.py`),
-    places of lines -ROWS, 0, ROWS, 2 ROWS, ..., and walks of the lines of `runs`. A program takes SHARE of the GROUP
+    places from `hopper_backward_launch.places`, and walks of the lines of `runs`. A program takes SHARE of the GROUP
     query heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
@@ -94,7 +94,7 @@ def hopper_backward_kernel(
     slopes = (s_ds, ds_full, ds_empty)
     adds = (s_dq, dq_full, dq_empty)
     scales = (scale, scale_log2)
-    SINGLE: gl.constexpr = 24 if ORDERED else 32  # registers of warps that copy; so nothing is spilled
+    SINGLE: gl.constexpr = 32  # registers of warps that copy; so nothing is spilled
     gl.warp_specialize([
         (compute_keys, (0, dk, dv, scales, keys, ring, slopes, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
         (compute_keys, (1, dk, dv, scales, keys, ring, slopes, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
@@ -109,9 +109,9 @@ def load(
     q, k, v, dout, pieces, places, walks, keys, ring, order, runs,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """Keys and values once, then steps of rows as fast as they are used up, each with what its mask is made of: where
-    in its run it begins, or -ROWS where all is seen, and the run. That comes by TMA as well: of what a warp stores,
-    only those lanes that arrive at a barrier may say that it is there."""
+    """Keys and values once, then steps of rows as fast as they are used up, each with what its mask is made of: for
+    either half of the keys where in its run it begins, or -ROWS where all is seen, and the run. That comes by TMA as
+    well: of what a warp stores, only those lanes that arrive at a barrier may say that it is there."""
     s_k, s_v, kv_full = keys
     s_q, s_do, s_pieces, _weights, s_place, s_walk, full, empty = ring
     BYTES: gl.constexpr = (
@@ -129,12 +129,14 @@ def load(
             n, i_head = visit(i_visit, blocks, SHARE, ORDERED)
             i_h, block = head0 + i_head, block_at(n, length, head, tail)
             whole = n < (tail - head) // BLOCK
-            for i in gl.static_range(BLOCK // ROWS):
-                j = block + i * ROWS
+            for j in range(block, gl.minimum(block + BLOCK, length), ROWS):
+                line, column = 0, 0
+                if not whole:
+                    line, column = j // ROWS, masks_at(j, runs, i_run)
                 mbarrier.wait(empty.index(slot), phase)
                 here = full.index(slot)
                 mbarrier.expect(here, BYTES)
-                fetch(places, [gl.where(whole, 0, 1 + j // ROWS), 0], here, s_place.index(slot))
+                fetch(places, [line, column], here, s_place.index(slot))
                 fetch(walks, [i_run, 0], here, s_walk.index(slot))
                 fetch(pieces, [i_b * GROUPS * GROUP + i_h, start + j, 0], here, s_pieces.index(slot))
                 fetch(q, [i_b, i_h, start + j, 0], here, s_q.index(slot))
@@ -170,10 +172,11 @@ def add(
     dq, adds, order, runs, visits, turns, counters, CELLS,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """The parts of dQ, 64 columns of a step, as they come, to the sum in memory."""
+    """The parts of dQ, 64 columns of a step, as they come, to the sum in memory. At head dim 64 steps take turns with
+    the buffers, and blocks of one step let these run on into the next block."""
     s_dq, dq_full, dq_empty = adds
     i_b, _, head0, _, first, end = place(order, GROUPS, GROUP, SHARE)
-    phase = 0
+    part, phase = 0, 0
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
         blocks = gl.cdiv(length, BLOCK)
@@ -182,25 +185,23 @@ def add(
             turn, next_turn = gl.load(p_turns), gl.load(p_turns + 1)
         for i_visit in range(blocks * SHARE):
             n, i_head = visit(i_visit, blocks, SHARE, ORDERED)
-            i_h, row = head0 + i_head, start + block_at(n, length, head, tail)
+            i_h, block = head0 + i_head, block_at(n, length, head, tail)
             if ORDERED:
-                p_counter = counters + (i_b * GROUPS * GROUP + i_h) * CELLS + row // BLOCK
+                p_counter = counters + (i_b * GROUPS * GROUP + i_h) * CELLS + (start + block) // BLOCK
                 await_turn(p_counter, turn)
                 touches_next = next_turn >= 0
                 if touches_next:
                     await_turn(p_counter + 1, next_turn)
                 p_turn = p_turns + 2 * visit(gl.minimum(i_visit + 1, blocks * SHARE - 1), blocks, SHARE, ORDERED)[0]
                 turn, next_turn = gl.load(p_turn), gl.load(p_turn + 1)  # those of the next visit, in good time
-            for pair in gl.static_range(COLUMNS):
-                for i in gl.static_range(2):
-                    mbarrier.wait(dq_full.index(i), phase)
-                    step, column = (2 * pair + i) // COLUMNS, (2 * pair + i) % COLUMNS
-                    reduce_add(dq, [i_b, i_h, row + step * ROWS, column * 64], s_dq.index(i))
-                tma.store_wait(1)
-                mbarrier.arrive(dq_empty.index(0), count=1)
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty.index(1), count=1)
-                phase ^= 1
+            for j in range(block, gl.minimum(block + BLOCK, length), ROWS):
+                for column in gl.static_range(COLUMNS):
+                    mbarrier.wait(dq_full.index(part + column), phase)
+                    reduce_add(dq, [i_b, i_h, start + j, column * 64], s_dq.index(part + column))
+                for column in gl.static_range(COLUMNS):
+                    tma.store_wait(COLUMNS - 1 - column)
+                    mbarrier.arrive(dq_empty.index(part + column), count=1)
+                part, phase = advance(part, phase, s_dq.shape[0] // COLUMNS)
             if ORDERED:
                 reduced()
                 gl.atomic_add(p_counter, 1, sem="release")

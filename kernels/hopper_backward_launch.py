@@ -104,7 +104,7 @@ def backward(
         (order.shape[0], 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
-            pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
+            pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape, 8)),
             *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
         ),
         (),
@@ -236,22 +236,25 @@ def prepared_for(heads: int, d: int, e: int) -> Constants:
 
 @lru_cache(64)
 def places(rows: int, device: torch.device) -> Described:
-    """Lines -ROWS, 0, ROWS, 2 ROWS, ..., as far as steps of a run of so many rows begin, each four times: TMA copies no
-    fewer than 16 bytes.
+    """A line for each step of a run of so many rows: of two neighbours, one is for the first half of the keys and one
+    for the second, the row where the step begins where a mask is needed, -ROWS where none is. TMA copies four.
 
     Example:
-        >>> places(129, torch.device("cpu")).base[:, 0].tolist()
-        [-64, 0, 64, 128, 192]
+        >>> places(129, torch.device("cpu")).base.tolist()
+        [[-64, -64, 0, 0, -64, 0, 0, 0], [-64, -64, 64, 64, -64, 0, 0, 0], [-64, -64, 128, 128, -64, 0, 0, 0]]
     """
-    column = torch.arange(-1, rows // ROWS + 2, dtype=torch.int32) * ROWS
-    lines = column[:, None].expand(-1, 4).contiguous()
-    return Described(to_device(lines, device), form_of_lines(*lines.shape))
+    steps = rows // ROWS + 1
+    lines = torch.zeros(steps, 8, dtype=torch.int32)
+    lines[:, [0, 1, 4]] = -ROWS
+    lines[:, 2:4] = torch.arange(0, steps * ROWS, ROWS, dtype=torch.int32)[:, None]
+    return Described(to_device(lines, device), form_of_lines(steps, 8, 4))
 
 
 @lru_cache(1024)
-def form_of_lines(n: int, columns: int) -> HopperForm:
-    """A table of int32, in blocks of 128 bytes, of which the first line matters: TMA writes to multiples of that."""
-    return HopperForm([n, columns], [columns, 1], [32 // columns, columns], torch.int32)
+def form_of_lines(n: int, columns: int, block: int) -> HopperForm:
+    """A table of int32, read in blocks of 128 bytes, of which the first line matters: TMA writes to multiples of
+    that."""
+    return HopperForm([n, columns], [columns, 1], [32 // block, block], torch.int32)
 
 
 @cache

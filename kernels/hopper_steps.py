@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_add import store_spread
+from .hopper_mask import hidden, hidden_pairs
 from .hopper_prepare import PIECES, WEIGHT_0, WEIGHT_1, WEIGHT_2
 from .hopper_scores import pack, unpack
 from .hopper_tile import advance, product_layout
@@ -61,14 +62,14 @@ def key_sums(HALF: gl.constexpr, steps, keys, ring, slopes, scale_log2):
             b_s = warpgroup_mma_wait(2, deps=(b_s,))
         else:
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
-        mask = (s_place.index(slot), s_walk.index(slot), HALF)
         if ROOM:
-            b_p = gl.exp2(hidden(b_s, mask) * scale_log2)
+            b_p = gl.exp2(hidden(b_s, s_place.index(slot), s_walk.index(slot), HALF) * scale_log2)
             b_dv = warpgroup_mma(unpack(pack(b_p, dtype), dtype, WIDE), s_do.index(slot), b_dv, is_async=True)
             b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
         else:
             b_p = gl.exp2(b_s * scale_log2)
-            b_pair, b_kept = hidden_pairs(pack(b_p, dtype), pack(b_p, gl.float16), mask)
+            b_pair, b_kept = pack(b_p, dtype), pack(b_p, gl.float16)
+            b_pair, b_kept = hidden_pairs(b_pair, b_kept, s_place.index(slot), s_walk.index(slot), HALF)
             b_dp = start_in(b_s, s_weights.index(1), s_pieces.index(slot).permute((1, 0)))
             b_dp = warpgroup_mma(my_v, s_do.index(slot).permute((1, 0)), b_dp, is_async=True)
             b_dv = warpgroup_mma(unpack(b_pair, dtype, WIDE), s_do.index(slot), b_dv, is_async=True)
@@ -132,50 +133,3 @@ def weights(FIRST: gl.constexpr, dtype: gl.constexpr):
     row = gl.where(i_piece == 2, WEIGHT_2, 0.0)
     row = gl.where(i_piece == 0, WEIGHT_0, gl.where(i_piece == 1, WEIGHT_1, row))
     return (gl.zeros([64, PIECES], gl.float32, layout) + row[None, :]).to(dtype)
-
-
-@gluon.jit
-def hidden(b_s, mask):
-    """S, -inf where it is masked."""
-    s_place, s_walk, HALF = mask
-    first = word(s_place, 0)
-    if first >= 0:
-        layout: gl.constexpr = b_s.type.layout
-        row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
-        b_s = gl.where(seen(row, layout, first, s_walk, HALF), b_s, float("-inf"))
-    return b_s
-
-
-@gluon.jit
-def hidden_pairs(b_pair, b_kept, mask):
-    """Pairs of P in two forms, int32 [64, ROWS / 2], zero where they are masked."""
-    s_place, s_walk, HALF = mask
-    first = word(s_place, 0)
-    if first >= 0:
-        layout: gl.constexpr = b_pair.type.layout
-        row = 2 * gl.arange(0, ROWS // 2, layout=gl.SliceLayout(0, layout))
-        bits = gl.where(seen(row, layout, first, s_walk, HALF), 0xFFFF, 0)
-        bits |= gl.where(seen(row + 1, layout, first, s_walk, HALF), -0x10000, 0)
-        b_pair &= bits
-        b_kept &= bits
-    return b_pair, b_kept
-
-
-@gluon.jit
-def seen(row, layout: gl.constexpr, first, s_walk, HALF: gl.constexpr):
-    """Which keys see which rows, counted from `first` of a run: row t is seen by key u iff t + shift - window < u <=
-    t + shift, which is one comparison for every key, unsigned."""
-    length, shift = word(s_walk, 1), word(s_walk, 4)
-    low, high, window = word(s_walk, 5), word(s_walk, 6), word(s_walk, 7)
-    key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    first_row = key - shift - first
-    end = gl.maximum(length - first - first_row, 0)
-    span = gl.where((key >= low) & (key < high), gl.minimum(end, window), 0)
-    return (row[None, :] - first_row[:, None]).to(gl.uint32) < span.to(gl.uint32)[:, None]
-
-
-@gluon.jit
-def word(s_x, COLUMN: gl.constexpr):
-    """A number of a line in shared memory, the same for all threads of a warpgroup."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
-    return gl.sum(gl.sum(s_x.slice(0, 1).slice(COLUMN, 1, dim=1).load(layout), 1), 0)

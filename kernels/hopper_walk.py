@@ -11,10 +11,10 @@ from triton.experimental.gluon import language as gl
 
 from .hopper_tile import run_at
 
-__all__ = ["BLOCK", "ROWS", "block_at", "place", "steps_of", "visit"]
+__all__ = ["BLOCK", "ROWS", "block_at", "masks_at", "place", "steps_of", "visit"]
 
 ROWS = gl.constexpr(64)  # of a step
-BLOCK = gl.constexpr(128)  # rows of a block, two steps
+BLOCK = gl.constexpr(128)  # rows of a block: two steps, or one where the run ends in its first half
 
 
 @gluon.jit
@@ -44,11 +44,11 @@ def asm_of(register):
 def steps_of(order, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
     """How many steps this program walks."""
     _, _, _, _, first, end = place(order, GROUPS, GROUP, SHARE)
-    blocks = 0
+    steps = 0
     for i_run in range(first, end):
         _, length, _, _, _, _, _, _ = run_at(runs, i_run)
-        blocks += gl.cdiv(length, BLOCK)
-    return blocks * (SHARE * BLOCK // ROWS)
+        steps += gl.cdiv(length, ROWS)
+    return steps * SHARE
 
 
 @gluon.jit
@@ -68,3 +68,21 @@ def block_at(n, length, head, tail):
     whole = (tail - head) // BLOCK
     masked = (gl.cdiv(length, BLOCK) - 1 - n) * BLOCK
     return gl.where(n < whole, tail - (n + 1) * BLOCK, gl.where(masked < head, masked, masked - head + tail))
+
+
+@gluon.jit
+def masks_at(j, runs, i_run):
+    """Which halves of the tile's keys need a mask in the step that begins at j of a run: where their two words begin
+    in a line of `hopper_backward_launch.places`."""
+    _, length, _, _, shift, low, high, window = run_at(runs, i_run)
+    first, second = masked(0, j, length, shift, low, high, window), masked(1, j, length, shift, low, high, window)
+    return gl.where(first, gl.where(second, 2, 3), gl.where(second, 1, 0))
+
+
+@gluon.jit
+def masked(HALF, j, length, shift, low, high, window):
+    """Whether any key of one half of the tile does not see all rows of the step that begins at j."""
+    key = HALF * 64
+    nearest = j + shift - (key + 63)  # from the half's last key to the step's first row
+    partial = (j + ROWS > length) | (key < low) | (key + 64 > high)
+    return partial | (nearest < 0) | (nearest + 63 + 63 >= window)

@@ -1,10 +1,14 @@
 """The Hopper forward beside others: on some of the multiprocessors, and while keys are still arriving, when it waits
-for flags, and says so when one does not come. And gradients in the dtype that they leave in."""
+for flags, and says so when one does not come. And gradients: in the dtype that they leave in, and of documents that end
+anywhere in a tile."""
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +16,11 @@ from torch import Tensor
 
 from ringattn.kernels.hopper import HopperKernel
 from ringattn.kernels.interface import Arrival
+from ringattn.kernels.reference import ReferenceKernel
 from ringattn.kernels.segments import Segment, Segments
+from ringattn.launch.oracle import error
+from ringattn.plan import make_plan
+from tests.gpu.test_triton import Piece, RoundedKernel, attend, poisoned
 
 pytestmark = [
     pytest.mark.skipif(
@@ -128,3 +136,26 @@ def test_gradients_that_leave_at_once(d):
     grads = kernel.backward(*inputs, scale=0.1, out_dtype=q.dtype)
     assert [x.dtype for x in grads] == [torch.float32, q.dtype, q.dtype]
     assert all(torch.equal(x.to(y.dtype), y) for x, y in zip(sums, grads, strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+@pytest.mark.parametrize("window", [None, 64, 192])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_documents_that_end_anywhere(d, dtype, window, deterministic):
+    """Tiles on a document's diagonal, where each half of the keys has a mask in one step and not in the other, and
+    beside it; blocks of one step and of two, in turns of any kind."""
+    bounds = [0, *accumulate((128, 64, 192, 1, 65, 320, 63, 129, 62, 256, 300))]
+    plan = make_plan("contiguous", bounds[-1], 1, causal=True, window_size=window, cu_seqlens=bounds)
+    q, dout = torch.randn(2, 1, bounds[-1], 4, d, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, 1, bounds[-1], 2, d, device="cuda", dtype=dtype)
+    segments = plan.segments(0, 0)
+    oracle: Any = ReferenceKernel()
+    baseline_kernel: Any = RoundedKernel()
+    expected = attend(oracle, q.double(), dout.double(), [Piece(k.double(), v.double(), segments)], 0.1)
+    baseline = attend(baseline_kernel, q, dout, [Piece(k, v, segments)], 0.1)
+    with poisoned() if deterministic else nullcontext():
+        got = attend(HopperKernel(), q, dout, [Piece(k, v, segments)], 0.1)
+    for name, right in expected.items():
+        allowed = 3 * error(baseline[name], right) + torch.finfo(torch.float32).eps
+        assert error(got[name], right) <= allowed, name
