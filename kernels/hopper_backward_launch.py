@@ -206,6 +206,7 @@ def begin(
     if dq is None:
         zeros = torch.empty(batch, heads, rows, d, dtype=torch.float32, device=q.device)
         dq = zeros.transpose(1, 2)
+    places(rows, q.device)  # made now, before launches begin that may run side by side
     dout, out = (None, None) if product is None else map(addressable, product)
     launch(
         prepare_kernel,
