@@ -130,13 +130,13 @@ def load(
             i_h, block = head0 + i_head, block_at(n, length, head, tail)
             whole = n < (tail - head) // BLOCK
             for j in range(block, gl.minimum(block + BLOCK, length), ROWS):
-                line, column = 0, 0
+                line = 0
                 if not whole:
-                    line, column = j // ROWS, masks_at(j, runs, i_run)
+                    line = 4 * (j // ROWS) + masks_at(j, runs, i_run)
                 mbarrier.wait(empty.index(slot), phase)
                 here = full.index(slot)
                 mbarrier.expect(here, BYTES)
-                fetch(places, [line, column], here, s_place.index(slot))
+                fetch(places, [line, 0], here, s_place.index(slot))
                 fetch(walks, [i_run, 0], here, s_walk.index(slot))
                 fetch(pieces, [i_b * GROUPS * GROUP + i_h, start + j, 0], here, s_pieces.index(slot))
                 fetch(q, [i_b, i_h, start + j, 0], here, s_q.index(slot))

@@ -104,7 +104,7 @@ def backward(
         (order.shape[0], 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
-            pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape, 8)),
+            pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
             *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
         ),
         (),
@@ -237,25 +237,25 @@ def prepared_for(heads: int, d: int, e: int) -> Constants:
 
 @lru_cache(64)
 def places(rows: int, device: torch.device) -> Described:
-    """A line for each step of a run of so many rows: of two neighbours, one is for the first half of the keys and one
-    for the second, the row where the step begins where a mask is needed, -ROWS where none is. TMA copies four.
+    """Four lines for each step of a run of so many rows, one for each answer of `hopper_walk.masks_at`: for the first
+    and for the second half of the keys the row where the step begins where a mask is needed, -ROWS where none is. TMA
+    copies no fewer than 16 bytes.
 
     Example:
-        >>> places(129, torch.device("cpu")).base.tolist()
-        [[-64, -64, 0, 0, -64, 0, 0, 0], [-64, -64, 64, 64, -64, 0, 0, 0], [-64, -64, 128, 128, -64, 0, 0, 0]]
+        >>> places(65, torch.device("cpu")).base[:, :2].tolist()
+        [[-64, -64], [0, -64], [-64, 0], [0, 0], [-64, -64], [64, -64], [-64, 64], [64, 64]]
     """
-    steps = rows // ROWS + 1
-    lines = torch.zeros(steps, 8, dtype=torch.int32)
-    lines[:, [0, 1, 4]] = -ROWS
-    lines[:, 2:4] = torch.arange(0, steps * ROWS, ROWS, dtype=torch.int32)[:, None]
-    return Described(to_device(lines, device), form_of_lines(steps, 8, 4))
+    row = torch.arange(0, rows // ROWS + 1, dtype=torch.int32) * ROWS
+    none = torch.full_like(row, -ROWS)
+    halves = torch.stack((none, none, row, none, none, row, row, row), 1).view(-1, 2)
+    lines = torch.cat((halves, torch.zeros_like(halves)), 1)
+    return Described(to_device(lines, device), form_of_lines(*lines.shape))
 
 
 @lru_cache(1024)
-def form_of_lines(n: int, columns: int, block: int) -> HopperForm:
-    """A table of int32, read in blocks of 128 bytes, of which the first line matters: TMA writes to multiples of
-    that."""
-    return HopperForm([n, columns], [columns, 1], [32 // block, block], torch.int32)
+def form_of_lines(n: int, columns: int) -> HopperForm:
+    """A table of int32, in blocks of 128 bytes, of which the first line matters: TMA writes to multiples of that."""
+    return HopperForm([n, columns], [columns, 1], [32 // columns, columns], torch.int32)
 
 
 @cache
