@@ -94,14 +94,30 @@ def hopper_backward_kernel(
     slopes = (s_ds, ds_full, ds_empty)
     adds = (s_dq, dq_full, dq_empty)
     scales = (scale, scale_log2)
-    SINGLE: gl.constexpr = 32  # registers of warps that copy; so nothing is spilled
+    # So nothing is spilled: registers of warps that copy, and the role of the warpgroup that the kernel begins with.
+    SINGLE: gl.constexpr = 32
+    FIRST: gl.constexpr = 2 if dk.dtype == gl.float32 else 0
+    SECOND: gl.constexpr = (FIRST + 1) % 3
+    THIRD: gl.constexpr = (FIRST + 2) % 3
     gl.warp_specialize([
-        (compute_keys, (0, dk, dv, scales, keys, ring, slopes, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
-        (compute_keys, (1, dk, dv, scales, keys, ring, slopes, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
-        (compute_rows, (scale, keys, slopes, adds, order, runs, GROUPS, GROUP, SHARE)),
+        (compute, (FIRST, dk, dv, scales, keys, ring, slopes, adds, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
+        (compute, (SECOND, dk, dv, scales, keys, ring, slopes, adds, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
+        (compute, (THIRD, dk, dv, scales, keys, ring, slopes, adds, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
         (load, (q, k, v, dout, pieces, places, walks, keys, ring, order, runs, GROUPS, GROUP, SHARE, ORDERED)),
         (add, (dq, adds, order, runs, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED, WIDTH // 64)),
-    ], [4, 4, 1, 1], [208, 96 - SINGLE, SINGLE, SINGLE])  # fmt: skip
+    ], [4, 4, 1, 1], [208, 96 - SINGLE if THIRD == 2 else 208, SINGLE, SINGLE])  # fmt: skip
+
+
+@gluon.jit
+def compute(
+    ROLE: gl.constexpr, dk, dv, scales, keys, ring, slopes, adds, over, order, runs,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """One of the three warpgroups: dK and dV of the first or the second half of the tile's keys, or dQ."""
+    if ROLE == 2:
+        query_sums(steps_of(order, runs, GROUPS, GROUP, SHARE), keys, slopes, adds, scales[0])
+    else:
+        key_gradients(ROLE, dk, dv, scales, keys, ring, slopes, over, order, runs, GROUPS, GROUP, SHARE, ADD)
 
 
 @gluon.jit
@@ -145,7 +161,7 @@ def load(
 
 
 @gluon.jit
-def compute_keys(
+def key_gradients(
     HALF: gl.constexpr, dk, dv, scales, keys, ring, slopes, over, order, runs,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
@@ -157,14 +173,6 @@ def compute_keys(
     i_b, i_g, _, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
     put(dv, b_dv, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
     put(dk, b_dk * scale, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
-
-
-@gluon.jit
-def compute_rows(
-    scale, keys, slopes, adds, order, runs, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr
-):
-    """dQ of every step."""
-    query_sums(steps_of(order, runs, GROUPS, GROUP, SHARE), keys, slopes, adds, scale)
 
 
 @gluon.jit

@@ -49,14 +49,25 @@ def hidden_pairs(b_pair, b_kept, s_place, s_walk, HALF: gl.constexpr):
 @gluon.jit
 def stretch(b_x, first, s_walk, HALF: gl.constexpr):
     """Where the rows that see each key begin and end, counted from `first` of the run: once for every number of b_x."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, b_x.type.layout)
     length, shift = word(s_walk, 1), word(s_walk, 4)
     low, high, window = word(s_walk, 5), word(s_walk, 6), word(s_walk, 7)
-    key = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, b_x.type.layout))
+    key = HALF * 64 + keys_anew(LAYOUT)
     begin = key - shift - first
     end = gl.where((key >= low) & (key < high), gl.minimum(begin + window, length - first), 0)
     _, begin = gl.broadcast(b_x, begin[:, None])
     _, end = gl.broadcast(b_x, end[:, None])
     return begin, end
+
+
+@gluon.jit
+def keys_anew(LAYOUT: gl.constexpr):
+    """0 .. 64 in the layout of a product's rows, two to a thread. What the lane contributes is read here: `gl.arange`
+    would keep it in a register across steps that have no mask."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 lane; mov.u32 lane, %laneid; shr.u32 lane, lane, 2; or.b32 $0, $2, lane; or.b32 $1, $3, lane; }",
+        "=&r,=r,r,r", [gl.arange(0, 64, LAYOUT) & 56], dtype=gl.int32, is_pure=False, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit

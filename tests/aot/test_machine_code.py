@@ -35,9 +35,9 @@ REGISTERS = 1 << 16  # of a multiprocessor
 BARE = ("await_kernel", "delta_kernel", "settling_kernel", "prepare_kernel")  # nothing is multiplied
 KERNELS = (*BARE[:3], "forward_kernel", "key_gradients_kernel", "query_gradients_kernel")
 HOPPER = ("hopper_forward_kernel", "prepare_kernel", "hopper_backward_kernel")
-# A release newer than the one that they were measured with keeps in memory what lanes are called, from the start of the
+# A release newer than the one that it was measured with keeps in memory what lanes are called, from the start of the
 # kernel on.
-SPILL_A_LITTLE = {("hopper_forward_kernel", "3.9"), ("hopper_backward_kernel", "3.9")}
+SPILL_A_LITTLE = {("hopper_forward_kernel", "3.9")}
 
 
 class Target(NamedTuple):
