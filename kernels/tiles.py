@@ -83,7 +83,8 @@ def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int)
 
 
 def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -> Work:
-    """The work of one tile for every `block_keys` of `keys` keys; runs walk rows, in blocks of `block_rows`.
+    """The work of one tile for every `block_keys` of `keys` keys; runs walk rows, in blocks of `block_rows`. A tile's runs
+    come last rows first.
 
     Example:
         >>> work = key_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 12, 4, 4)
@@ -101,7 +102,7 @@ def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -
     head, tail = middle(from_last - from_first, to_first - from_first, covered, block_rows)
     start, length = q_start[segment] + from_first, to_last - from_first
     runs = start, length, head, tail, shift + from_first, low, high, window
-    return assemble(tile, runs, keys, block_keys, block_rows)
+    return assemble(tile[::-1], tuple(x[::-1] for x in runs), keys, block_keys, block_rows)
 
 
 def middle(last_begins: np.ndarray, first_ends: np.ndarray, covered: np.ndarray, step: int) -> tuple[np.ndarray, ...]:

@@ -95,6 +95,7 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
             inputs = (dout, q, k, v, lse, delta, segments, 0.1)
             hopper_backward_launch.backward(*inputs, None, None, None, deterministic)
             hopper_backward_launch.backward(*inputs, dq, dk, dv, deterministic)
+            hopper_backward_launch.backward(*inputs, None, None, None, deterministic, dtype)
 
 
 def wait(ranks: int) -> None:
