@@ -28,7 +28,7 @@ from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, START, b
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
 RAGGED = 0.06  # of the longest tile of a backward
-MIXED = 1.01  # how much longer launches of a backward take whose programs mix: they share the L2 cache
+MIXED = 1.04  # how much longer launches of a backward take whose programs mix: they share the L2 cache
 TILE, PROCESSORS = 128, 132  # query rows, or keys, that a program works on at a time, and programs
 LONGEST = 1.5  # how much longer than the mean the tiles take that come first
 ROOM = 132 / 126  # how much longer a forward takes that leaves multiprocessors to messages
@@ -94,7 +94,7 @@ class Workload(NamedTuple):
         return 5 * (self.head_dim + self.v_head_dim) * pairs * PROCESSORS / rates.backward
 
     def merge(self, rank: int) -> float:
-        """Seconds to write partial results, or dq, and to read them again."""
+        """Seconds to write partial results, or dq, and to read them again; and to prepare a backward."""
         return 8 * self.plan.layout.lengths[rank] * self.batch * self.q_heads * self.v_head_dim / MEMORY
 
 
@@ -237,13 +237,15 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
         before, others_too = load.launched(rank, early), load.launched(rank, remote)
+        prepared = load.merge(rank)
+        late = max(0.0, come - prepared)
         if schedule.beside:
-            taken = beside(MIXED * load.launched(rank, own + remote) + START, come + home, "copy engine")
-            taken = max(taken, come + others_too + home)
+            taken = beside(MIXED * load.launched(rank, own + remote) + START, late + home, "copy engine")
+            taken = max(taken, late + others_too + home)
         else:
-            taken = beside(before, come, "copy engine") + others_too
+            taken = beside(before, late, "copy engine") + others_too
             taken += beside(load.launched(rank, own - early), home, "copy engine")
-        taken += 2 * MEETING
+        taken += prepared + 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)
         backward = max(backward, taken + sums)
     copies = plan.ranks - 1
