@@ -90,10 +90,12 @@ class HopperKernel(TritonKernel):
         return {"dq": dq, "pieces": pieces}
 
     def backward(
-        self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None, pieces=None
-    ):
-        """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at."""
+        self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None,
+        pieces=None, followed=False,
+    ):  # fmt: skip
+        """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at.
+        `followed`: other launches can go on where this one leaves multiprocessors idle."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        launch = module("hopper_backward_launch")
-        return launch.backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, self.in_order, out_dtype, pieces)
+        how = self.in_order, out_dtype, pieces, followed
+        return module("hopper_backward_launch").backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, *how)

@@ -58,9 +58,10 @@ def backward(
     deterministic: bool,
     out_dtype: torch.dtype | None = None,
     pieces: Described | None = None,
+    followed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from
-    `begin`, and then no delta.
+    `begin`, and then no delta. Where it is `followed` by others that fill the GPU, no tile is shared.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     """
@@ -72,7 +73,7 @@ def backward(
     work, longest, blocks = segments.derive((lower, keys), lambda s: lower(s, keys))
     running = dk is not None or dv is not None
     tiles = work.busy if running else work.tiles.shape[0]
-    shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
+    shares = 1 if running or followed else shares_of(group, longest, blocks * units, processors(q.device))
     least = patience(longest * group, width, processors(q.device)) if deterministic else 1
     side = shares * side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, least)
     shape = tiles, units * shares, side, processors(q.device)

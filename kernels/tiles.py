@@ -83,8 +83,8 @@ def query_tiles(segments: Segments, rows: int, block_rows: int, block_keys: int)
 
 
 def key_tiles(segments: Segments, keys: int, block_keys: int, block_rows: int) -> Work:
-    """The work of one tile for every `block_keys` of `keys` keys; runs walk rows, in blocks of `block_rows`. A tile's runs
-    come last rows first.
+    """The work of one tile for every `block_keys` of `keys` keys; runs walk rows, in blocks of `block_rows`, and come
+    last rows first.
 
     Example:
         >>> work = key_tiles(Segments([Segment(0, 8, 0, 12, 4)]), 12, 4, 4)

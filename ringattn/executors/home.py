@@ -40,12 +40,14 @@ class Backward:
         self.first, self.last = (slice(cut, k.shape[1]), slice(0, cut)) if cut else (None, slice(0, k.shape[1]))
         self.own: list[Part] = []
 
-    def differentiate(self, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-        """dk and dv of some keys, contiguous; adds to dq."""
+    def differentiate(self, k: Tensor, v: Tensor, segments: Segments, last: bool = False) -> tuple[Tensor, Tensor]:
+        """dk and dv of some keys, contiguous; adds to dq. Beside any but the `last` launch others may go on."""
         inputs = self.dout, self.q, k, v, self.out, self.lse, self.delta, segments
         alone = self.q.dtype if self.call.plan.ranks == 1 else None  # nobody adds to these
+        adds = self.call.schedule.beside and hasattr(self.call.kernel, "adds_in_any_order")
+        followed: dict[str, Any] = {"followed": True} if adds and not last else {}
         self.running["dq"], dk, dv = self.call.kernel.backward(
-            *inputs, scale=self.call.scale, out_dtype=alone, **self.running
+            *inputs, scale=self.call.scale, out_dtype=alone, **self.running, **followed
         )
         return dk.contiguous(), dv.contiguous()
 
@@ -57,7 +59,7 @@ class Backward:
         segments, k, v = call.plan.segments(call.rank, call.rank), self.k, self.v
         if keys.stop - keys.start < k.shape[1]:
             segments, k, v = within(segments, keys.start, keys.stop), k[:, keys], v[:, keys]
-        self.own.append(Part(keys, *self.differentiate(k, v, segments)))
+        self.own.append(Part(keys, *self.differentiate(k, v, segments, last=keys == self.last)))
 
     def settle(self, parts: list[Part], into: Three | None = None) -> Three:
         """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order."""

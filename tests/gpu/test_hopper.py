@@ -111,9 +111,9 @@ def test_flags_whatever_heads_share_a_tile(heads, groups, d):
     k, v = torch.randn(2, 2, SOURCES * SLOT, groups, d, device="cuda", dtype=torch.bfloat16)
     lse, error = torch.randn(2, heads, rows, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
     segments = Segments([Segment(0, rows, i * SLOT, SLOT, (last - i) * SLOT, 2500) for i in range(SOURCES)])
-    near, far = ([x[:, part] for x in (k, v)] for part in (slice(0, SLOT), slice(SLOT, None)))
+    near_k, near_v, far_k, far_v = k[:, :SLOT], v[:, :SLOT], k[:, SLOT:], v[:, SLOT:]
     flags = ready()[:, : min(groups, FLAGS)].contiguous()
-    arrival = Arrival(*far, flags, torch.full_like(error, EPOCH), SLOT, SECOND, error)
+    arrival = Arrival(far_k, far_v, flags, torch.full_like(error, EPOCH), SLOT, SECOND, error)
 
     def attend(k: Tensor, v: Tensor, arrival: Arrival | None) -> tuple[Tensor, Tensor]:
         running = before.clone(), lse.clone()
@@ -121,7 +121,7 @@ def test_flags_whatever_heads_share_a_tile(heads, groups, d):
 
     expected = attend(k, v, None)
     assert expected[0].isfinite().all()
-    assert all(torch.equal(x, y) for x, y in zip(attend(*near, arrival), expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(attend(near_k, near_v, arrival), expected, strict=True))
     assert error.item() == 0
 
 
