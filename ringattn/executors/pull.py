@@ -9,6 +9,10 @@ multiprocessor is spent on it.
     backward    compute  | own keys, later half | others' keys | own keys, earlier half  | sum |
                 engines  | keys >>>>>>>>>>>>>>> |              | gradients go home >>>>> |
 
+                compute  | own keys, later half ---| own keys, earlier half -----| sum |   if launches can be
+                         |             | others' keys -----|                             side by side
+                engines  | keys >>>>>> |                   | gradients go home > |
+
 Of every shard only those keys come that this rank's queries look at, end to end on one axis, or each source's in a slot
 of its own. They come straight from where their owner has them, whose engines know where they go: so they are under way
 as soon as they exist, nobody copies them first, and own keys are read in place.

@@ -34,6 +34,15 @@ def test_the_choice_is_among_the_least_predictions_the_smallest(tokens, ranks):
         assert choose_executor(named, load).executor == named
 
 
+def test_launches_go_on_beside_each_other_where_they_are_short_and_may():
+    documents = make_plan("balanced", 16384, 2, causal=True, cu_seqlens=packed("log-normal", 16384))
+    hopper = {"kernel": "hopper", "waits": True, "beside": True}
+    short, long = workload(2048, 2, **hopper), workload(32768, 2, **hopper)
+    for load, expected in ((short, True), (long, False), (long._replace(plan=documents), True)):
+        assert choose_executor("auto", load).schedule.beside == expected
+        assert not choose_executor("auto", load._replace(beside=False)).schedule.beside
+
+
 def test_where_memory_is_short_the_ring_is_left():
     load = workload(32768, 8, memory=16 * 10**9)
     choice = choose_executor("auto", load)
