@@ -2,18 +2,28 @@
 
 Heads are counted through all sequences: head h of sequence b is i_bh = b HEADS + h. Offsets are 64-bit. Names as in
 `triton_forward`.
+
+Which rows and columns a thread has follows from its lane and its warp. Of a range (`gl.arange`) the compiler would keep
+what the thread makes of them from the start of the kernel to its end, in registers that nobody has. So a lane is asked
+for anew wherever rows come or go; what follows from the warp alone takes none.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportAssignmentType=false, reportCallIssue=false
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hopper_scores import pack, unpaired
 from .hopper_tile import LN2, LOG2E, LOWEST
+from .hopper_walk import read_anew
 
 __all__ = ["finish", "sight", "start"]
+
+# The assembler that comes with Triton 3.9 keeps in memory what is alive all through the loop. Older ones have a
+# register left for the rows of masks, and would rather spill something else than ask for a lane there.
+ANEW = gl.constexpr([int(x) for x in triton.__version__.split(".")[:2]] >= [3, 9])
 
 
 @gluon.jit
@@ -29,10 +39,11 @@ def start(
     ROW: gl.constexpr = gl.SliceLayout(1, b_m.type.layout)
     b_zero = gl.zeros_like(b_m)
     if MERGE:
-        p_before = rows_at(before, before_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, OUT)
-        p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
-        b_acc = gl.load(p_before, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, OUT), other=0.0)
-        b_m = gl.load(p_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0, other=-float("inf")) * LOG2E
+        lane = read_anew("%laneid")
+        p_before = rows_at(before, before_strides, i_bh, row0, lane, HEADS, ROWS, BLOCK_E, OUT)
+        p_lse = sums_at(lse, lse_strides, i_bh, row0, lane, HEADS, ROWS, ROW)
+        b_acc = gl.load(p_before, mask=inside(LENGTH - row0, lane, ROWS, E, BLOCK_E, OUT), other=0.0)
+        b_m = gl.load(p_lse, mask=rows_of(lane, ROWS, ROW) < LENGTH - row0, other=-float("inf")) * LOG2E
         # That weighs 2^m in all, a quarter of it in each lane's sum.
         b_l = gl.where(b_m == -float("inf"), 0.0, 0.25)
         return b_acc, b_zero + gl.maximum(b_m, LOWEST)[:, None], b_zero + b_l[:, None]
@@ -52,6 +63,7 @@ def finish(
     ROW: gl.constexpr = gl.SliceLayout(1, b_m.type.layout)
     if WAIT:  # keys may not have been there; asked first, since the answer takes as long as what follows
         late = gl.load(error, volatile=True)
+    lane = read_anew("%laneid")
     b_weight = gl.sum(b_l, 1)
     seen = b_weight != 0.0
     b_lse = gl.where(seen, (gl.max(b_m, 1) + gl.log2(b_weight)) * LN2, -float("inf"))
@@ -60,13 +72,16 @@ def finish(
         poison = gl.where(late != 0, float("nan"), 0.0)
         b_lse += poison
         b_inverse += poison
-    p_lse = sums_at(lse, lse_strides, i_bh, row0, HEADS, ROWS, ROW)
-    gl.store(p_lse, b_lse, mask=gl.arange(0, ROWS, layout=ROW) < LENGTH - row0)
+    p_lse = sums_at(lse, lse_strides, i_bh, row0, lane, HEADS, ROWS, ROW)
+    real = (rows_of(lane, ROWS, ROW) < LENGTH - row0) & (lane & 3 == 0)
+    # As [R, 4], one for each lane: of a row that lanes share, Triton asks again which of them stores it.
+    p_lse, _ = gl.broadcast(p_lse[:, None], b_l)
+    gl.store(p_lse, b_lse[:, None], mask=real[:, None])
     b_acc = b_acc * gl.convert_layout(b_inverse, gl.SliceLayout(1, OUT))[:, None]
     b_out = side_by_side(b_acc, out.dtype.element_ty)
     WIDE: gl.constexpr = b_out.type.layout
-    p_out = rows_at(out, out_strides, i_bh, row0, HEADS, ROWS, BLOCK_E, WIDE)
-    gl.store(p_out, b_out, mask=inside(LENGTH - row0, ROWS, E, BLOCK_E, WIDE))
+    p_out = rows_at(out, out_strides, i_bh, row0, lane, HEADS, ROWS, BLOCK_E, WIDE)
+    gl.store(p_out, b_out, mask=inside(LENGTH - row0, lane, ROWS, E, BLOCK_E, WIDE))
 
 
 @gluon.jit
@@ -123,30 +138,50 @@ def trade_asm(n):
 @gluon.jit
 def sight(length, shift, low, high, window, ROW0: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
     """The last key of a run that each row sees, -1 for none, and the last one that its window has left behind."""
-    o_row = ROW0 + gl.arange(0, ROWS, layout=ROW)
+    o_row = ROW0 + (rows_of(read_anew("%laneid"), ROWS, ROW) if ANEW else gl.arange(0, ROWS, layout=ROW))
     last_key = gl.where((o_row >= low) & (o_row < high), gl.minimum(o_row + shift, length - 1), -1)
     return last_key, o_row + shift - window
 
 
 @gluon.jit
+def rows_of(lane, ROWS: gl.constexpr, ROW: gl.constexpr):
+    """`gl.arange(0, ROWS, layout=ROW)`: eight rows of a warp side by side, each in four lanes."""
+    return (gl.arange(0, ROWS, layout=ROW) & -8) + (lane >> 2)
+
+
+@gluon.jit
+def columns_of(lane, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
+    """`gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT))`: a few columns side by side in each of four lanes."""
+    EACH: gl.constexpr = columns_of_a_lane(LAYOUT)
+    o_e = (gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT)) & ~(3 * EACH)) + (lane & 3) * EACH
+    return gl.max_contiguous(gl.multiple_of(o_e, EACH), EACH)
+
+
+@gluon.constexpr_function
+def columns_of_a_lane(layout):
+    """See `wide_layout` and `product_layout`."""
+    return layout.lane_bases[0][1] if isinstance(layout, gl.DistributedLinearLayout) else 2
+
+
+@gluon.jit
 def rows_at(
-    x, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr
+    x, strides, i_bh, row0, lane, HEADS: gl.constexpr, ROWS: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr
 ):
     """Pointers to rows of one head of x [B, L, H, E]."""
     i_b = (i_bh // HEADS).to(gl.int64)
     i_h = (i_bh % HEADS).to(gl.int64)
     x += i_b * wide(strides[0]) + row0.to(gl.int64) * wide(strides[1]) + i_h * wide(strides[2])
-    o_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    o_e = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT))
+    o_row = rows_of(lane, ROWS, gl.SliceLayout(1, LAYOUT))
+    o_e = columns_of(lane, BLOCK_E, LAYOUT)
     return x + o_row[:, None] * strides[1] + o_e[None, :]
 
 
 @gluon.jit
-def sums_at(lse, strides, i_bh, row0, HEADS: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
+def sums_at(lse, strides, i_bh, row0, lane, HEADS: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
     """Pointers to rows of one head of lse [B, H, L]."""
     i_b = (i_bh // HEADS).to(gl.int64)
     i_h = (i_bh % HEADS).to(gl.int64)
-    return lse + i_b * wide(strides[0]) + i_h * wide(strides[1]) + row0 + gl.arange(0, ROWS, layout=ROW)
+    return lse + i_b * wide(strides[0]) + i_h * wide(strides[1]) + row0 + rows_of(lane, ROWS, ROW)
 
 
 @gluon.jit
@@ -157,10 +192,10 @@ def wide(step):
 
 
 @gluon.jit
-def inside(rows, ROWS: gl.constexpr, E: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
+def inside(rows, lane, ROWS: gl.constexpr, E: gl.constexpr, BLOCK_E: gl.constexpr, LAYOUT: gl.constexpr):
     """Which places of a block are rows and columns of the tensor."""
-    real = (gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)) < rows)[:, None]
+    real = (rows_of(lane, ROWS, gl.SliceLayout(1, LAYOUT)) < rows)[:, None]
     if E < BLOCK_E:
-        return real & (gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, LAYOUT)) < E)[None, :]
+        return real & (columns_of(lane, BLOCK_E, LAYOUT) < E)[None, :]
     else:
         return real

@@ -128,7 +128,6 @@ def report(kernel) -> dict:
         "looks": re.findall(r"(?:ld|atom)\.global\S*acquire\S*", kernel.asm["ptx"]),
         "overwritten": sass.overwritten_operands(dump.stdout),
         "maxima_first": sass.maxima_before_the_branch(dump.stdout),
-        "spills_in_loops": sass.spills_in_product_loops(dump.stdout),
         "opcodes": dict(collections.Counter(OPCODE.findall(dump.stdout)).most_common()),
     }
 

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-__all__ = ["maxima_before_the_branch", "overwritten_operands", "spills_in_product_loops"]
+__all__ = ["maxima_before_the_branch", "overwritten_operands"]
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([^;]*);", re.MULTILINE)
 LINE = re.compile(r"^(?P<label>\.L_x_\d+):|^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?(?P<text>[^;]*);", re.MULTILINE)
@@ -56,12 +56,6 @@ def maxima_before_the_branch(code: str) -> int:
         for text in itertools.takewhile(lambda text: not text.startswith("BRA"), loop[waits[-1] :] if waits else []):
             found += text.startswith("FMNMX")
     return found
-
-
-def spills_in_product_loops(code: str) -> int:
-    """Registers stored to or loaded from memory in innermost loops that multiply matrices."""
-    loops = [loop for loop in innermost_loops(code) if any(text.startswith("HGMMA") for text in loop)]
-    return sum(text.startswith(("LDL", "STL")) for loop in loops for text in loop)
 
 
 def innermost_loops(code: str) -> Iterator[list[str]]:

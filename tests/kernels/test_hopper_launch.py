@@ -1,4 +1,4 @@
-"""What the Hopper forward is launched on. No GPU is needed: nothing is launched."""
+"""What the Hopper forward is launched on, and who holds which results. No GPU is needed: nothing is launched."""
 
 from __future__ import annotations
 
@@ -51,3 +51,18 @@ def test_every_row_of_every_head_once(heads: int, groups: int, d: int, together:
             assert len({head // (heads // groups) for head, _ in of}) == 1  # which share keys
             written += [(head, row) for head, row in of if row < rows]
     assert sorted(written) == [(head, row) for head in range(batch * heads) for row in range(0, rows, 64)]
+
+
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_what_follows_from_the_lane(columns: int):
+    """As `rows_of` and `columns_of` have it, of results that are stored side by side."""
+    from ringattn.kernels.hopper_rows import columns_of_a_lane, wide_layout
+
+    layout = wide_layout(64, columns)
+    each = columns_of_a_lane(layout)
+    assert each == 8
+    for bit, (row, column) in enumerate(layout.lane_bases):
+        assert (row, column) == ((1 << bit) >> 2, ((1 << bit) & 3) * each)
+    for row, column in (*layout.reg_bases, *layout.warp_bases):
+        assert row & 7 == 0
+        assert column & (3 * each) == 0
