@@ -16,8 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hopper_scores import pack, unpaired
-from .hopper_tile import LN2, LOG2E, LOWEST
-from .hopper_walk import read_anew
+from .hopper_tile import LN2, LOG2E, LOWEST, read_anew
 
 __all__ = ["finish", "sight", "start"]
 

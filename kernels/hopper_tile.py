@@ -25,6 +25,7 @@ __all__ = [
     "named_arrive",
     "named_sync",
     "product_layout",
+    "read_anew",
     "rounds_of",
     "run_at",
 ]
@@ -49,6 +50,17 @@ def advance(slot, phase, SLOTS: gl.constexpr):
     """The next slot of a ring of buffers, and the phase of its barriers, which changes with every round."""
     last = slot == SLOTS - 1
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def read_anew(REGISTER: gl.constexpr):
+    """A special register. Of `gl.program_id` or a range the compiler would keep what was made of it across a walk."""
+    return gl.inline_asm_elementwise(read_asm(REGISTER), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def read_asm(register):
+    return f"mov.u32 $0, {getattr(register, 'value', register)};"
 
 
 @gluon.jit

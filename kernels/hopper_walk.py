@@ -9,7 +9,7 @@ Every warp that walks does so by itself, from the same tables, and all of them c
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper_tile import run_at
+from .hopper_tile import read_anew, run_at
 
 __all__ = ["BLOCK", "ROWS", "block_at", "masks_at", "place", "steps_of", "visit"]
 
@@ -27,17 +27,6 @@ def place(order, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr)
     i_g = i_bg % GROUPS
     head0 = i_g * GROUP + i_share % SHARES * SHARE
     return i_bg // GROUPS, i_g, head0, gl.load(p_piece + 1), gl.load(p_piece + 2), gl.load(p_piece + 3)
-
-
-@gluon.jit
-def read_anew(REGISTER: gl.constexpr):
-    """A special register. Of `gl.program_id` the compiler would keep what was made of it across the walk."""
-    return gl.inline_asm_elementwise(asm_of(REGISTER), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.constexpr_function
-def asm_of(register):
-    return f"mov.u32 $0, {getattr(register, 'value', register)};"
 
 
 @gluon.jit

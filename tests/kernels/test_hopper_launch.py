@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_what_follows_from_the_lane(columns: int):
     """As `rows_of` and `columns_of` have it, of results that are stored side by side."""
     from ringattn.kernels.hopper_rows import columns_of_a_lane, wide_layout
 
-    layout = wide_layout(64, columns)
+    layout: Any = wide_layout(64, columns)
     each = columns_of_a_lane(layout)
     assert each == 8
     for bit, (row, column) in enumerate(layout.lane_bases):
