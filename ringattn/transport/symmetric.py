@@ -115,9 +115,10 @@ class SymmetricMemory:
     def reserve(self, sizes: Sequence[int]) -> None:
         """See `Symmetric.reserve`."""
         held = self.sizes or (0,) * len(sizes)
-        if all(size <= have for size, have in zip(sizes, held, strict=True)):
+        if self.regions and all(size <= have for size, have in zip(sizes, held, strict=True)):
             return
-        self.sizes = tuple(-(-max(size, have) // ALIGNMENT) * ALIGNMENT for size, have in zip(sizes, held, strict=True))
+        most = (max(size, have, 1) for size, have in zip(sizes, held, strict=True))  # nothing cannot be mapped
+        self.sizes = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in most)
         self.generation += 1
         self.barrier(f"free/{self.generation}")  # nobody uses the old memory any more
         self.regions, self.arena = [], None
