@@ -112,7 +112,7 @@ class Contest:
         ahead = [ms for found in rounds for ms in found["ahead"]]
         synchronised = [ms for found in rounds for ms in found["synchronised"]]
         middle, ranks = median(ahead), self.crew.size
-        alone, one_gpu_mhz, kernel = alone_on_a_gpu(which, answers)
+        alone, one_gpu_mhz, kernel, each_alone = alone_on_a_gpu(which, answers)
         share = self.share(each, which, answers)
         return (
             {"impl": each.name}
@@ -128,6 +128,7 @@ class Contest:
                 "efficiency": alone and alone / (ranks * middle),
                 "clock_mhz": clock(rounds),
                 "one_gpu_ms": alone,
+                "one_gpu_ms_each": each_alone,
                 "one_gpu_clock_mhz": one_gpu_mhz,
                 "one_gpu_impl": kernel and f"ringattn-{kernel}",
                 "ranks": ranks,
@@ -157,14 +158,16 @@ def references(each: Across, which: str) -> list[Turn]:
     return [("time_alone", each.kernel, which), share]
 
 
-def alone_on_a_gpu(which: str, answers: Answers) -> tuple[float | None, float | None, str | None]:
-    """The fastest GPU's time for the whole sequence, its clock, and the fastest of our kernels; None if none was
-    timed."""
+def alone_on_a_gpu(which: str, answers: Answers) -> tuple[float | None, float | None, str | None, list[float] | None]:
+    """The fastest GPU's time for the whole sequence, its clock, the fastest of our kernels, and every GPU's time with
+    that, since GPUs of a kind differ by some percent; None if none was timed."""
     known = {
         turn[1]: of_ranks(found, min) for turn, found in answers.items() if (turn[0], turn[2]) == ("time_alone", which)
     }
     best = min(known, key=lambda kernel: known[kernel][0], default=None)
-    return (None, None, None) if best is None else (*known[best], best)
+    if best is None:
+        return None, None, None, None
+    return *known[best], best, [ms for ms, _ in each_rank(answers["time_alone", best, which])]
 
 
 def of_ranks(rounds: list[list[Figures]], over: Callable[..., tuple]) -> tuple[float, float | None]:
@@ -175,9 +178,13 @@ def of_ranks(rounds: list[list[Figures]], over: Callable[..., tuple]) -> tuple[f
         >>> of_ranks([[one, other], [one, other]], min), of_ranks([[one, other]], max)
         ((1.5, 9.0), (5.0, None))
     """
-    ranks = list(zip(*rounds, strict=True))
-    times = [median(ms for found in rank for ms in found["ahead"]) for rank in ranks]
-    return over(zip(times, (clock(rank) for rank in ranks), strict=True), key=itemgetter(0))
+    return over(each_rank(rounds), key=itemgetter(0))
+
+
+def each_rank(rounds: list[list[Figures]]) -> list[tuple[float, float | None]]:
+    """The median of each rank, and its clock."""
+    ranks = zip(*rounds, strict=True)
+    return [(median(ms for found in rank for ms in found["ahead"]), clock(rank)) for rank in ranks]
 
 
 def clock(found: Iterable[Figures]) -> float | None:

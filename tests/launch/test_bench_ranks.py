@@ -26,7 +26,7 @@ from tests.launch.test_bench import FIELDS
 
 RESULT = FIELDS - {"min_ms", "max_ms"}
 ADDED = {"executor", "predicted_ms", "predicted_gib", "synchronised_ms", "exposed_ms", "ranks", "kernel", "clock_mhz"}
-ADDED |= {"one_gpu_ms", "one_gpu_impl", "one_gpu_clock_mhz"}
+ADDED |= {"one_gpu_ms", "one_gpu_ms_each", "one_gpu_impl", "one_gpu_clock_mhz"}
 SHAPE = {"tokens": [24], "q_heads": 4, "kv_heads": 2, "head_dim": 16, "patience": 60.0}
 QUICK = {"rounds": 1, "budget_ms": 1.0}
 OURS = "ringattn-aten-ring-zigzag"
@@ -203,6 +203,7 @@ def test_what_the_records_of_scaling_hold(measured):
         assert set(each) == FIELDS | ADDED
         assert 0 < each["min_ms"] <= each["median_ms"] <= each["max_ms"]
         assert each["efficiency"] == pytest.approx(each["one_gpu_ms"] / each["median_ms"] / 2)
+        assert each["one_gpu_ms"] == min(each["one_gpu_ms_each"])
         assert each["one_gpu_impl"] == "ringattn-aten"
         assert each["executor"] == ("ring" if each["impl"].startswith("ringattn-") else None)
     first = records[0]
