@@ -119,8 +119,8 @@ def queue(work: Work, step: int, tiles: int, heads: int, side: int, programs: in
     """The first so many tiles of `work`, in blocks of `step`, for all heads, in the order in which their programs start
     where so many run at once; columns as in `Dealt.pieces`: int32 [tiles * heads, 4].
 
-    Section by section, unless one of `orders` is over sooner. For one head, tiles start in their order, in which they
-    may wait for each other (`turns.py`).
+    The first of `orders`, unless a later one beats it by more than LONGER. For one head, tiles start in their order, in
+    which they may wait for each other (`turns.py`).
 
     Example (tiles of 1, 2 and 3 blocks, two heads that do not share the cache):
         >>> from .segments import Segment, Segments

@@ -149,8 +149,8 @@ class Lowered(NamedTuple):
 
 
 def lower(segments: Segments, keys: int) -> Lowered:
-    """In the tile that reaches past the end all blocks have a mask: its last keys are zeros, and P of a zero need not
-    be finite."""
+    """In the tile that reaches past the end no block counts as seen whole, so that those keys have a mask which are not
+    there: they are zeros, and P of a zero need not be finite."""
     work = key_tiles(segments, keys, KEYS, BLOCK)
     for key0, begin, end in work.tiles.tolist():
         if key0 + KEYS > keys:

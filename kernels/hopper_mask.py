@@ -15,6 +15,8 @@ That is done in assembly, because there every k is a constant, and shifts by mor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .hopper_scores import tied
+
 __all__ = ["hidden", "hidden_pairs"]
 
 
@@ -75,12 +77,6 @@ def word(s_x, COLUMN: gl.constexpr):
     """A number of a line in shared memory, the same for all threads of a warpgroup."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
     return gl.sum(gl.sum(s_x.slice(0, 1).slice(COLUMN, 1, dim=1).load(layout), 1), 0)
-
-
-@gluon.constexpr_function
-def tied(kind, n):
-    """Constraints of n results, each in the register of its argument."""
-    return ",".join([f"={kind}"] * n + [str(i) for i in range(n)])
 
 
 @gluon.constexpr_function

@@ -49,12 +49,12 @@ def hide(b_s, last_key, oldest_key, WINDOW: gl.constexpr):
     if WINDOW:
         b_s, oldest_key = gl.broadcast(b_s, oldest_key[:, None])
         return gl.inline_asm_elementwise(
-            hide_asm(EACH, True), tied(EACH) + 2 * EACH * ",r", [b_s, last_key, oldest_key],
+            hide_asm(EACH, True), tied("f", EACH) + 2 * EACH * ",r", [b_s, last_key, oldest_key],
             dtype=gl.float32, is_pure=True, pack=EACH,
         )  # fmt: skip
     else:
         return gl.inline_asm_elementwise(
-            hide_asm(EACH, False), tied(EACH) + EACH * ",r", [b_s, last_key],
+            hide_asm(EACH, False), tied("f", EACH) + EACH * ",r", [b_s, last_key],
             dtype=gl.float32, is_pure=True, pack=EACH,
         )  # fmt: skip
 
@@ -126,7 +126,7 @@ def shrink(b_acc, b_shrink):
     b_by = gl.convert_layout(b_shrink, LANES, assert_trivial=True)
     b_lane, b_by = gl.broadcast(b_lane, gl.expand_dims(gl.expand_dims(b_by, 1), 3))
     b_lane = gl.inline_asm_elementwise(
-        shrink_asm(EACH), tied(EACH) + EACH * ",f", [b_lane, b_by], dtype=gl.float32, is_pure=False, pack=EACH
+        shrink_asm(EACH), tied("f", EACH) + EACH * ",f", [b_lane, b_by], dtype=gl.float32, is_pure=False, pack=EACH
     )
     return gl.convert_layout(b_lane.reshape([ROWS, BLOCK_E]), OUT, assert_trivial=True)
 
@@ -147,9 +147,9 @@ def bits(n):
 
 
 @gluon.constexpr_function
-def tied(n):
-    """Constraints of n results, each in the register of its argument."""
-    return ",".join(["=f"] * n + [str(i) for i in range(n)])
+def tied(kind, n):
+    """Constraints of n results of a kind, each in the register of its argument."""
+    return ",".join([f"={kind}"] * n + [str(i) for i in range(n)])
 
 
 @gluon.constexpr_function

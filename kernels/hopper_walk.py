@@ -62,7 +62,7 @@ def block_at(n, length, head, tail):
 @gluon.jit
 def masks_at(j, runs, i_run):
     """Which halves of the tile's keys need a mask in the step that begins at j of a run: 1 for the first, 2 for the
-    second, 3 for both."""
+    second, 3 for both. The run is read here, where it is needed, so that nobody keeps it in registers."""
     _, length, _, _, shift, low, high, window = run_at(runs, i_run)
     first, second = masked(0, j, length, shift, low, high, window), masked(1, j, length, shift, low, high, window)
     return gl.where(first, 1, 0) + gl.where(second, 2, 0)

@@ -38,7 +38,7 @@ def dense(
         itemsize=2,
         same_node=same_node,
         waits=kernel == "hopper",
-        beside=kernel == "hopper",
+        adds_in_any_order=kernel == "hopper",
         memory=H200,
     )
 

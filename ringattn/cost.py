@@ -1,12 +1,13 @@
 """What an attention will take, and so which executor to use: a model of measured rates, the same on every rank.
 
-A launch takes the time of its products at the kernel's rate, and a fixed time to fill and drain the GPU. What travels
-takes a fixed time, and its bytes at the rate of the link at that size. Both go on side by side where an executor hides
-one behind the other, and nothing is faster than the host issues it:
+A launch takes the time of its products at the kernel's rate, and some time to fill and drain the GPU, in a backward as
+its longest tile says. What travels takes a fixed time, and its bytes at the rate of the link at that size. Both go on
+side by side where an executor hides one behind the other, and nothing is faster than the host issues it:
 
     ring      max(own, hop) + max(others' 1, hop) + ...     every hop hides, every step merges
     gather    all keys + everything                          nothing hides, nothing merges
-    pull      max(own, keys) + others' + a merge             or, in one launch, everything: flags hide the keys
+    pull      max(own, keys) + others' + a merge             or, in one launch, everything: flags hide the keys;
+                                                             a backward: or own and others' side by side, drained once
 
 `python -m ringattn.launch.predict 32768 4` prints the choice for 32768 tokens on each of 4 ranks.
 """
@@ -51,7 +52,7 @@ class Workload(NamedTuple):
     itemsize: int
     same_node: bool  # ranks reach each other's memory
     waits: bool  # the kernel can wait for keys while it runs
-    beside: bool  # launches of its backward can run side by side
+    adds_in_any_order: bool  # launches of its backward can run side by side
     memory: int  # bytes of a GPU
 
     @property
@@ -77,12 +78,12 @@ class Workload(NamedTuple):
         return flops * 2.5 / rates.backward if backward else flops / rates.forward
 
     def launched(self, rank: int, products: float) -> float:
-        """Seconds of a launch of the backward: as long as half of the longest tile takes, whose heads two programs may
-        share; and at its end some programs have nothing left to do, for a share of that time."""
+        """Seconds of a launch of the backward: as long as the longest tile takes, or half as long where two programs
+        share its heads; and at its end some programs have nothing left to do, for a share of that time."""
         if not products:
             return 0.0
-        longest = self.longest_tile(rank)
-        return max(products, longest / 2) + START + RAGGED * longest
+        longest, group = self.longest_tile(rank), self.q_heads // self.kv_heads
+        return max(products, longest / (1 if group % 2 else 2)) + START + RAGGED * longest
 
     def longest_tile(self, rank: int) -> float:
         """Seconds that one program would take for the keys that most rows see."""
@@ -145,10 +146,10 @@ def predict(load: Workload) -> Iterator[Prediction]:
                 yield predict_gather(load, Schedule(halves=halves, head_groups=groups))
     if load.same_node:
         groups = [n for n in (1, 2, 4, 8) if load.waits and load.kv_heads % n == 0]
-        for halves, beside in ((True, False), (False, False), *[(True, True)] * load.beside):
-            yield predict_pull(load, Schedule(halves=halves, beside=beside))
+        for way in (Schedule(), Schedule(halves=False), *[Schedule(beside=True)] * load.adds_in_any_order):
+            yield predict_pull(load, way)
             for n in groups:
-                yield predict_pull(load, Schedule(flags=True, halves=halves, beside=beside, head_groups=n))
+                yield predict_pull(load, way._replace(flags=True, head_groups=n))
 
 
 def predict_ring(load: Workload) -> Prediction:
@@ -236,14 +237,14 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         forward = max(forward, taken)
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
-        before, others_too = load.launched(rank, early), load.launched(rank, remote)
+        others_too = load.launched(rank, remote)
         prepared = load.merge(rank)
         late = max(0.0, come - prepared)
         if schedule.beside:
             taken = beside(MIXED * load.launched(rank, own + remote) + START, late + home, "copy engine")
             taken = max(taken, late + others_too + home)
         else:
-            taken = beside(before, late, "copy engine") + others_too
+            taken = beside(load.launched(rank, early), late, "copy engine") + others_too
             taken += beside(load.launched(rank, own - early), home, "copy engine")
         taken += prepared + 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)

@@ -7,7 +7,7 @@ journey of the others' gradients home:
     travel    | keys come >>>>> |                     | gradients go home > |
 
 The later half of a causal shard is the lighter one, and keys are half as many bytes as their fp32 gradients. The sum
-is fp32 in a fixed order, and rounded once.
+of dk and dv is fp32 in a fixed order, and rounded once.
 """
 
 from __future__ import annotations

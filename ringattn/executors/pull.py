@@ -278,7 +278,7 @@ def backward(
     with apart:
         symmetric.hear(KEYS, there.poison)
         grads = work.differentiate(there.k, there.v, there.segments)
-        symmetric.copy(there.returns, grads)
+        symmetric.copy(there.returns, (*grads, work.running["dq"]))  # all that may still be written to is held
     work.own_keys(work.last)
     symmetric.hear(BACK, there.home_poison)
     symmetric.finish()

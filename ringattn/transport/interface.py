@@ -117,8 +117,9 @@ class Symmetric(Protocol):
         ...
 
     def apart(self) -> AbstractContextManager[None]:
-        """What is computed, heard and put in this context follows what was computed until now, and goes on beside what
-        is computed from now on outside of it. It must end by putting something: `finish` waits for that."""
+        """What is computed, heard and put in the context that this returns follows what was computed before this call,
+        though the context may be entered later, and goes on beside what is computed after it. It must end by putting
+        something: `finish` waits for that."""
         ...
 
     def hear(self, row: int, poison: Tensor) -> None:

@@ -8,8 +8,8 @@ reader that does not wait is, too. Messages can be lost, ranks can die, and byte
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -84,6 +84,7 @@ class SimulatedTransport:
         self.count = torch.zeros(1, dtype=torch.int32)
         self.last = 0.0  # when all that was put will have arrived
         self.leaving = 0  # copies under way
+        self.copies = self.parted = 0  # how often something was put, and how often apart
         self.regions: list[Tensor] = []
         self.retired: list[Tensor] = []  # regions before they moved
         self.my_words = torch.zeros(ROWS, WORDS, dtype=torch.int32)
@@ -201,6 +202,7 @@ class SimulatedTransport:
 
     def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""
+        self.copies += 1
         for put in puts:
             if isinstance(put, Mark):
                 mark, count = put.words, self.calls
@@ -225,8 +227,16 @@ class SimulatedTransport:
         return arrive
 
     def apart(self) -> AbstractContextManager[None]:
-        """See `Symmetric.apart`; here one thing is computed after the other."""
-        return nullcontext()
+        """See `Symmetric.apart`; here one thing is computed after the other. It must end by putting something."""
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            before = self.copies
+            yield
+            assert self.copies > before, "nothing was put: nobody waits for what was computed apart"
+            self.parted += 1
+
+        return context()
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""

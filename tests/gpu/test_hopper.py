@@ -101,7 +101,9 @@ def test_a_flag_that_never_comes(forward):
     assert again[2].item() == 0
 
 
-@pytest.mark.parametrize(("heads", "groups", "d"), [(6, 2, 64), (8, 2, 64), (6, 2, 128), (8, 2, 128), (32, 1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "d"), [(6, 2, 64), (8, 2, 64), (6, 2, 128), (8, 2, 128), (32, 1, 128), (8, 2, 16)]
+)
 def test_flags_whatever_heads_share_a_tile(heads, groups, d):
     """Two sequences, a window, rows that fill no tile, onto what is there: the bits of keys that are all there."""
     from ringattn.kernels.hopper_forward_launch import forward as launch

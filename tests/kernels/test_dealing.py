@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from ringattn.kernels.dealing import BEGINNING, dealt_tiles, queue
+from ringattn.kernels.dealing import BEGINNING, dealt_tiles, orders, queue
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tiles import key_tiles, query_tiles
 from ringattn.plan import make_plan
@@ -111,3 +111,28 @@ def test_what_starts_last_is_short(rank):
         heapq.heapreplace(done, done[0] + length[first])
     assert max(done) < 1.06 * np.mean(done)
     assert len(set(pieces[:32, 0].tolist())) <= 4  # and meanwhile few heads share the cache
+
+
+def heads_in_turn(order: np.ndarray, pieces: int) -> list[set[int]]:
+    """Which heads come in each so many pieces of an order."""
+    return [set(order[1, begin : begin + pieces].tolist()) for begin in range(0, order.shape[1], pieces)]
+
+
+def test_orders_use_the_cache_less_and_less():
+    """Sections of two heads, of four, and both with the short pieces of all eight at the end."""
+    narrow, wide, *late = orders(np.array([9.0, 5, 3, 1]), 8, 2, 4)
+    assert heads_in_turn(narrow, 8) == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
+    assert heads_in_turn(wide, 16) == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    for order, side in zip(late, (2, 4), strict=True):
+        long = order[:, order[0] < 3]
+        assert order[0].tolist() == [*long[0], *[3] * 8]
+        assert heads_in_turn(long, 3 * side) == heads_in_turn((narrow, wide)[side // 4], 4 * side)
+    assert len([*orders(np.array([1.0]), 6, 2, 4)]) == 2  # six heads do not come in fours
+
+
+def test_sections_stay_narrow_unless_that_takes_longer():
+    """A causal mask over many tiles; and few of which half are long, where four heads side by side are over sooner."""
+    many = query_tiles(Segments([Segment(0, 8192, 0, 8192, 0)]), 8192, 128, 128)
+    assert set(queue(many, 128, 64, 8, 2, PROGRAMS)[:128, 0].tolist()) == {0, 1}
+    few = query_tiles(Segments([Segment(0, 1024, 0, 8192, 1 << 20), Segment(1024, 1024, 0, 128, 0)]), 2048, 128, 128)
+    assert set(queue(few, 128, 16, 8, 2, 32)[:64, 0].tolist()) == {0, 1, 2, 3}

@@ -55,6 +55,22 @@ def test_every_row_of_every_head_once(heads: int, groups: int, d: int, together:
     assert sorted(written) == [(head, row) for head in range(batch * heads) for row in range(0, rows, 64)]
 
 
+@pytest.mark.parametrize(("followed", "share"), [(False, 2), (True, 4)])
+def test_tiles_are_shared_unless_other_launches_follow(followed: bool, share: int, monkeypatch: pytest.MonkeyPatch):
+    """Eight tiles of up to eight blocks leave most multiprocessors idle."""
+    from ringattn.kernels import hopper_backward_launch
+
+    launches = []
+    monkeypatch.setattr(hopper_backward_launch, "launch", lambda *arguments: launches.append(arguments))
+    q, dout, k, v = (torch.empty(1, 1024, heads, 128, dtype=torch.bfloat16) for heads in (8, 8, 2, 2))
+    lse = delta = torch.empty(1, 8, 1024)
+    segments = Segments([Segment(0, 1024, 0, 1024, 0)])
+    hopper_backward_launch.backward(
+        dout, q, k, v, lse, delta, segments, 0.1, None, None, None, False, followed=followed
+    )
+    assert [dict(constants)["SHARE"] for *_, constants in launches[1:]] == [share]
+
+
 @pytest.mark.parametrize("columns", [64, 128, 256])
 def test_what_follows_from_the_lane(columns: int):
     """As `rows_of` and `columns_of` have it, of results that are stored side by side."""

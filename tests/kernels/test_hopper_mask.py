@@ -52,6 +52,19 @@ def test_a_step_has_a_mask_exactly_where_it_is_not_seen_whole(seed):
                 assert words.tolist() == [j if mask else -ROWS for mask in masks]
 
 
+def test_keys_that_are_not_there_have_a_mask():
+    """The last tile's keys are seen whole by most rows, but 56 of them are zeros behind the end."""
+    from ringattn.kernels.hopper_backward_launch import lower
+    from ringattn.kernels.hopper_walk import masked
+
+    work, *_ = lower(Segments([Segment(0, 700, 0, 200, 200)]), 200)
+    ((begin, end),) = ([begin, end] for key0, begin, end in work.tiles.tolist() if key0 == 128)
+    ((_, length, head, tail, shift, low, high, window),) = work.runs[begin:end].tolist()
+    assert head == tail
+    for j in range(0, length, 64):
+        assert masked.fn(1, j, length, shift, low, high, window)
+
+
 def run(code: Any, values: dict[str, int], lane: int) -> dict[str, int]:
     """What a thread makes of its registers by the few PTX instructions that masks are made of."""
     values = values | {"%laneid": lane}

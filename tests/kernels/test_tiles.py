@@ -55,6 +55,14 @@ def test_tiles_come_longest_first_and_idle_ones_last():
     assert work.busy == 4
 
 
+def test_the_runs_of_a_key_tile_come_last_rows_first():
+    """Keys that three pieces of rows see, and keys that only the last one sees."""
+    pieces = [Segment(start, 8, 0, 8, 8) for start in (0, 8, 16)] + [Segment(16, 8, 8, 4, 8)]
+    work = key_tiles(Segments(pieces), 12, 4, 4)
+    starts = [work.runs[begin:end, 0].tolist() for _, begin, end in work.tiles.tolist()]
+    assert starts == [[16, 8, 0], [16, 8, 0], [16]]
+
+
 def test_no_segments_no_work():
     for segments in (Segments(), Segments([Segment(0, 4, 0, 4, -4)])):
         for work in (query_tiles(segments, 8, 4, 4), key_tiles(segments, 8, 4, 4)):

@@ -10,7 +10,13 @@ from ringattn.rates import LINKS, seconds
 
 def workload(tokens: int, ranks: int, **changed) -> Workload:
     plan = make_plan("zigzag", tokens * ranks, ranks, causal=True)
-    given = {"same_node": True, "memory": 141 * 10**9, "kernel": "triton", "waits": False, "beside": False} | changed
+    given = {
+        "same_node": True,
+        "memory": 141 * 10**9,
+        "kernel": "triton",
+        "waits": False,
+        "adds_in_any_order": False,
+    } | changed
     return Workload(plan, batch=1, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128, itemsize=2, **given)
 
 
@@ -36,11 +42,26 @@ def test_the_choice_is_among_the_least_predictions_the_smallest(tokens, ranks):
 
 def test_launches_go_on_beside_each_other_where_they_are_short_and_may():
     documents = make_plan("balanced", 16384, 2, causal=True, cu_seqlens=packed("log-normal", 16384))
-    hopper = {"kernel": "hopper", "waits": True, "beside": True}
+    hopper = {"kernel": "hopper", "waits": True, "adds_in_any_order": True}
     short, long = workload(2048, 2, **hopper), workload(32768, 2, **hopper)
     for load, expected in ((short, True), (long, False), (long._replace(plan=documents), True)):
         assert choose_executor("auto", load).schedule.beside == expected
-        assert not choose_executor("auto", load._replace(beside=False)).schedule.beside
+        assert not choose_executor("auto", load._replace(adds_in_any_order=False)).schedule.beside
+
+
+def test_the_longest_tile_of_a_backward():
+    """All rows of a rank see its keys; or those of the longest document, or as many as see one within a window."""
+    load = workload(8192, 2)
+    documents = make_plan("balanced", 16384, 2, causal=True, cu_seqlens=[0, 4096, 12288, 16384])
+    window = make_plan("contiguous", 16384, 2, causal=True, window_size=(1023 - 128, 0))
+    times = [load._replace(plan=plan).longest_tile(0) for plan in (load.plan, documents, window)]
+    assert times == pytest.approx([times[0], times[0], times[0] / 8192 * 1023], rel=1e-3)
+    halved = make_plan("balanced", 16384, 2, causal=True, cu_seqlens=range(0, 16385, 4096))
+    assert load._replace(plan=halved).longest_tile(0) == times[0] / 2
+    assert load.launched(0, 0.0) == 0
+    shared, alone = load.launched(0, 1e-9), load._replace(q_heads=24).launched(0, 1e-9)  # three heads a group
+    assert shared == pytest.approx(times[0] / 2 + load.launched(0, 10.0) - 10)
+    assert alone > 3 / 4 * times[0]
 
 
 def test_where_memory_is_short_the_ring_is_left():
