@@ -24,7 +24,7 @@ from ringattn.executors.axis import slots, span
 from ringattn.executors.call import Schedule
 from ringattn.executors.pull import remote_axis, slot_of
 from ringattn.plan import Plan
-from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, START, beside, seconds
+from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, START, KernelRate, beside, seconds
 
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
@@ -56,6 +56,10 @@ class Workload(NamedTuple):
     memory: int  # bytes of a GPU
 
     @property
+    def rates(self) -> KernelRate:
+        return KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
+
+    @property
     def slowest(self) -> str:
         """The link that messages between neighbours take, somewhere."""
         return "p2p" if self.same_node else "network"
@@ -74,8 +78,7 @@ class Workload(NamedTuple):
         """Seconds of products."""
         pairs = int(self.plan.work[rank, source])
         flops = 2 * (self.head_dim + self.v_head_dim) * self.q_heads * self.batch * pairs
-        rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
-        return flops * 2.5 / rates.backward if backward else flops / rates.forward
+        return flops * 2.5 / self.rates.backward if backward else flops / self.rates.forward
 
     def launched(self, rank: int, products: float) -> float:
         """Seconds of a launch of the backward: as long as the longest tile takes, or half as long where two programs
@@ -88,11 +91,14 @@ class Workload(NamedTuple):
     def longest_tile(self, rank: int) -> float:
         """Seconds that one program would take for the keys that most rows see."""
         plan = self.plan
-        rows = min(plan.layout.lengths[rank], int(np.diff(plan.mask.bounds(plan.layout.seq_len)).max(initial=0)))
-        rows = min(rows, plan.mask.left + plan.mask.right + TILE)
+
+        def longest_document() -> int:
+            return int(np.diff(plan.mask.bounds(plan.layout.seq_len)).max(initial=0))
+
+        document = plan.derive("longest document", longest_document)
+        rows = min(plan.layout.lengths[rank], document, plan.mask.left + plan.mask.right + TILE)
         pairs = TILE * rows * self.q_heads // self.kv_heads
-        rates = KERNEL_RATES.get(self.kernel, KERNEL_RATES["reference"])
-        return 5 * (self.head_dim + self.v_head_dim) * pairs * PROCESSORS / rates.backward
+        return 5 * (self.head_dim + self.v_head_dim) * pairs * PROCESSORS / self.rates.backward
 
     def merge(self, rank: int) -> float:
         """Seconds to write partial results, or dq, and to read them again; and to prepare a backward."""
@@ -237,14 +243,14 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         forward = max(forward, taken)
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
-        others_too = load.launched(rank, remote)
+        others_taken = load.launched(rank, remote)
         prepared = load.merge(rank)
         late = max(0.0, come - prepared)
         if schedule.beside:
             taken = beside(MIXED * load.launched(rank, own + remote) + START, late + home, "copy engine")
-            taken = max(taken, late + others_too + home)
+            taken = max(taken, late + others_taken + home)
         else:
-            taken = beside(load.launched(rank, early), late, "copy engine") + others_too
+            taken = beside(load.launched(rank, early), late, "copy engine") + others_taken
             taken += beside(load.launched(rank, own - early), home, "copy engine")
         taken += prepared + 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from math import log
 from typing import NamedTuple
 
-__all__ = ["HOST", "KERNEL_RATES", "LAUNCH", "LINKS", "MEETING", "MEMORY", "START", "beside", "seconds"]
+__all__ = ["HOST", "KERNEL_RATES", "LAUNCH", "LINKS", "MEETING", "MEMORY", "START", "KernelRate", "beside", "seconds"]
 
 Curve = tuple[tuple[float, float], ...]  # (bytes, bytes a second), from small to large
 

@@ -3,8 +3,8 @@
 A short attention is over before the host has issued its twenty launches and copies one by one. In training the same
 layer gets the same memory at every step, since the allocator is asked for the same things in the same order. So what a
 call starts is kept by the addresses of all its tensors: the second time they come it is recorded, and from then on
-started as a whole. What is new to it runs as ever. Results are the same bits where the kernel's are:
-it is the same work.
+started as a whole. What is new to it runs as ever. Results are the same bits where the
+kernel's are: it is the same work.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class Backward:
         """dk and dv of some keys, contiguous; adds to dq. Beside any but the `last` launch others may go on."""
         inputs = self.dout, self.q, k, v, self.out, self.lse, self.delta, segments
         alone = self.q.dtype if self.call.plan.ranks == 1 else None  # nobody adds to these
-        adds = self.call.schedule.beside and hasattr(self.call.kernel, "adds_in_any_order")
-        followed: dict[str, Any] = {"followed": True} if adds and not last else {}
+        told = self.call.schedule.beside and not last and hasattr(self.call.kernel, "adds_in_any_order")
+        followed: dict[str, Any] = {"followed": True} if told else {}  # an option of such kernels only
         self.running["dq"], dk, dv = self.call.kernel.backward(
             *inputs, scale=self.call.scale, out_dtype=alone, **self.running, **followed
         )
