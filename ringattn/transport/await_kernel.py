@@ -43,9 +43,9 @@ def await_kernel(
             place = i + tl.arange(0, CHUNK)
             tl.store(p_nan + place, NAN, mask=place < nans)
         if late == 0:
-            tl.store(p_late, 1)
             tl.store(p_error + 1, count.to(tl.int64))
             tl.store(p_error, missing)
+            tl.atomic_xchg(p_late, 1, sem="release")  # last: whoever sees it finds the error stored
         elif tl.load(p_error, volatile=True) == 0:  # another kernel found it late
             tl.store(p_error + 1, count.to(tl.int64))
             tl.store(p_error, NAN)

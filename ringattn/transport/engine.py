@@ -32,6 +32,12 @@ class Engine:
         self.any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
         self.recorded: list[tuple[Any, list[Any]]] | None = None  # nodes that write words, and what they write
 
+    def enter(self) -> None:
+        """Makes CUDA usable in a thread that has not used it yet, as autograd's may not have: torch and the runtime do
+        that by themselves, the driver does not."""
+        if not int(checked(self.driver.cuCtxGetCurrent())[1]):
+            checked(self.runtime.cudaFree(0))
+
     def put(self, put: Put, tensors: Sequence[Tensor]) -> Operation:
         """The copy of a part of such a tensor, wherever it will then lie."""
         number, destination = put.number, put.destination

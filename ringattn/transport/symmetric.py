@@ -156,6 +156,7 @@ class SymmetricMemory:
     def turn(self) -> None:
         """Another call begins, on the current stream."""
         self.check()
+        self.engine.enter()
         current = torch.cuda.current_stream(self.device)
         if current != self.compute:  # regions are used in turn in the order of calls, whatever their streams
             current.wait_stream(self.compute)
