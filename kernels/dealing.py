@@ -11,13 +11,14 @@ has tiles of 96 to 128 blocks and then of 1 to 32.
 Where every piece has a program of its own (`queue`), the GPU starts the next one where one has ended. A section that
 begins with long pieces when the others are nearly done holds up the end, with packed documents by a quarter of the
 time. There sections are wider, or the short pieces of all sections wait until all long ones have started. Elsewhere
-they do not, because then more heads are walked at once than the L2 cache holds, which takes a few percent.
+they do not, because then more heads are walked at once than the L2 cache holds, which takes a few percent. What some
+pieces make has still to travel when they are done; where that would hold up the end, those come first in a section.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from heapq import heapreplace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 from .segments import NO_WINDOW, Segments
 from .tiles import Work, query_tiles, to_device
 
-__all__ = ["Dealt", "deal", "dealt_tiles", "queue"]
+__all__ = ["Dealt", "Queue", "deal", "dealt_tiles", "queue"]
 
 BEGINNING = 1.5  # what a tile takes besides its blocks, in blocks
 LONGER = 1.03  # how much longer an order may take than one that uses the L2 cache less well
@@ -52,19 +53,21 @@ class Dealt(NamedTuple):
         return self._replace(pieces=to_device(self.pieces, device), runs=to_device(self.runs, device))
 
 
-def hand_out(lengths: np.ndarray, programs: int) -> tuple[list[int], float]:
-    """Who gets each of some pieces, one after the other given to whoever is done first, and when the last is done.
+def hand_out(lengths: np.ndarray, programs: int) -> tuple[list[int], np.ndarray]:
+    """Who gets each of some pieces, one after the other given to whoever is done first, and when it is done.
 
     Example:
-        >>> hand_out(np.array([4.0, 2.0, 1.0, 3.0]), 2)
-        ([0, 1, 1, 1], 6.0)
+        >>> owners, ends = hand_out(np.array([4.0, 2.0, 1.0, 3.0]), 2)
+        >>> owners, ends.tolist()
+        ([0, 1, 1, 1], [4.0, 2.0, 3.0, 6.0])
     """
-    owners, done = [], [(0.0, program) for program in range(programs)]
-    for length in lengths.tolist():
+    owners, ends, done = [], np.empty(len(lengths)), [(0.0, program) for program in range(programs)]
+    for i, length in enumerate(lengths.tolist()):
         at, program = done[0]
         owners.append(program)
+        ends[i] = at + length
         heapreplace(done, (at + length, program))
-    return owners, max(done, default=(0.0, 0))[0]
+    return owners, ends
 
 
 def deal(blocks: np.ndarray, heads: int, side: int, programs: int) -> list[list[tuple[int, int]]]:
@@ -73,7 +76,7 @@ def deal(blocks: np.ndarray, heads: int, side: int, programs: int) -> list[list[
 
     Example:
         >>> deal(np.array([4, 2, 1]), heads=2, side=2, programs=3)
-        [[(0, 0)], [(1, 0)], [(0, 1), (1, 1), (0, 2), (1, 2)]]
+        [[(0, 0), (0, 2)], [(1, 0), (1, 2)], [(0, 1), (1, 1)]]
     """
     hands: list[list[tuple[int, int]]] = [[] for _ in range(programs)]
     tile, head = sections(0, len(blocks), heads, side)
@@ -115,44 +118,67 @@ def dealt_tiles(
     return Dealt(torch.from_numpy(pieces), runs, work.windowed)
 
 
-def queue(work: Work, step: int, tiles: int, heads: int, side: int, programs: int) -> torch.Tensor:
-    """The first so many tiles of `work`, in blocks of `step`, for all heads, in the order in which their programs start
-    where so many run at once; columns as in `Dealt.pieces`: int32 [tiles * heads, 4].
+class Queue(NamedTuple):
+    """pieces int32 [tiles * heads, 4]: in the order in which their programs start; columns as in `Dealt.pieces`.
+    tiles int64 [tiles]: which tile of the work comes first, second, ...: of every head in this order, so that they may
+        wait for each other (`turns.py`).
+    """
 
-    The first of `orders`, unless a later one beats it by more than LONGER. For one head, tiles start in their order, in
-    which they may wait for each other (`turns.py`).
+    pieces: torch.Tensor
+    tiles: np.ndarray
+
+
+def queue(
+    work: Work,
+    step: int,
+    tiles: int,
+    heads: int,
+    side: int,
+    programs: int,
+    beginning: float = BEGINNING,
+    leaving: int = NO_WINDOW,
+    travel: float = 0.0,
+) -> Queue:
+    """The first so many tiles of `work`, in blocks of `step`, for all heads, in the order in which their programs start
+    where so many run at once. A piece takes as long as `beginning` blocks besides its own. What tiles of keys from
+    `leaving` on make is where it belongs so many blocks' time (`travel`) after the last of them is done.
+
+    Orders come in sections of `side` heads, of twice and of four times as many, and then with the short pieces of all
+    sections at the end; tiles come longest first, and before that with those first that leave something. Of these the
+    first, unless a later one, which uses the L2 cache less well, beats it by more than LONGER.
 
     Example (tiles of 1, 2 and 3 blocks, two heads that do not share the cache):
         >>> from .segments import Segment, Segments
         >>> work = query_tiles(Segments([Segment(0, 12, 0, 12, 0)]), 12, 4, 4)
-        >>> queue(work, 4, 3, 2, 1, 2)[:, :2].tolist()
+        >>> queue(work, 4, 3, 2, 1, 2).pieces[:, :2].tolist()
         [[0, 8], [1, 8], [0, 4], [1, 4], [0, 0], [1, 0]]
     """
-    length = work.blocks(step)[:tiles] + BEGINNING
+    table = work.tiles.numpy()[:tiles]
+    length, leaves = work.blocks(step)[:tiles] + beginning, table[:, 0] >= leaving
     least = max(heads * length.sum() / programs, length.max(initial=0))  # no order is over before
-    chosen, end = np.empty((2, 0), np.int64), np.inf
-    for order in orders(length, heads, side, programs):
-        found = hand_out(length[order[0]], programs)[1]
-        if found * LONGER < end:
-            chosen, end = order, found
+    ways = [np.argsort(~leaves, kind="stable")] * bool(leaves.any()) + [np.arange(tiles)]
+    sides = [n * side for n in (1, 2, 4) if heads % (n * side) == 0]
+    chosen, end = (ways[0], np.empty((2, 0), np.int64)), np.inf
+    for late, each, way in product((False, True), sides, ways):
         if end <= LONGER * least:
             break
-    tile, head = chosen
-    return torch.from_numpy(np.column_stack((head, work.tiles.numpy()[tile])).astype(np.int32))
+        order = arranged(length[way], heads, each, programs if late else 0)
+        tile = way[order[0]]
+        ends = hand_out(length[tile], programs)[1]
+        found = max(ends.max(initial=0), (ends[leaves[tile]] + travel).max(initial=0))
+        if found * LONGER < end:
+            chosen, end = (way, order), found
+    way, (tile, head) = chosen
+    return Queue(torch.from_numpy(np.column_stack((head, table[way[tile]])).astype(np.int32)), way)
 
 
-def orders(length: np.ndarray, heads: int, side: int, programs: int) -> Iterator[np.ndarray]:
-    """Tile and head of each piece in several orders, those first that use the L2 cache best: in sections of `side` or
-    twice as many heads; and with the short pieces of all sections at the end, as many as fill half of the time that the
-    longest one takes."""
-    sides = [side] + [2 * side] * (heads % (2 * side) == 0)
+def arranged(length: np.ndarray, heads: int, side: int, programs: int = 0) -> np.ndarray:
+    """Tile and head of each piece, [2, tiles * heads], in sections of `side` heads; where programs are given, with the
+    last pieces of all sections at the end, as many as fill half of the time that the longest one takes."""
     tiles = len(length)
     left = heads * np.cumsum(length[::-1])[::-1]  # from each tile on
     long = int(np.count_nonzero(2 * left > programs * length.max(initial=0)))
-    for each in sides:
-        yield np.stack(sections(0, tiles, heads, each))
-    for each in sides:
-        yield np.concatenate((sections(0, long, heads, each), sections(long, tiles, heads, heads)), 1)
+    return np.concatenate((sections(0, long, heads, side), sections(long, tiles, heads, heads)), 1)
 
 
 def sections(first: int, end: int, heads: int, side: int) -> tuple[np.ndarray, np.ndarray]:

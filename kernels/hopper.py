@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interface import Arrival, accumulate_dtype
+from .interface import Arrival, Departure, accumulate_dtype
 from .portable import TritonKernel, module
 
 __all__ = ["HopperKernel"]
@@ -37,9 +37,9 @@ class HopperKernel(TritonKernel):
         """This kernel, adding to dq in a fixed order or not, whatever torch is told."""
         return HopperKernel(deterministic)
 
-    def adds_in_any_order(self, q: Tensor, v: Tensor) -> bool:
-        """Whether launches of one backward may run side by side, since all of them add to the dq of `begin`."""
-        return not self.in_order and max(q.shape[-1], v.shape[-1]) <= WIDEST
+    def tells(self, q: Tensor, v: Tensor) -> bool:
+        """Whether backward takes an `Arrival` and a `Departure`."""
+        return max(q.shape[-1], v.shape[-1]) <= WIDEST
 
     @property
     def in_order(self) -> bool:
@@ -91,11 +91,13 @@ class HopperKernel(TritonKernel):
 
     def backward(
         self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None,
-        pieces=None, followed=False,
+        pieces=None, arrival: Arrival | None = None, departure: Departure | None = None,
     ):  # fmt: skip
         """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at.
-        `followed`: other launches can go on where this one leaves multiprocessors idle."""
+
+        With `arrival` and `departure`, dk and dv begin with zeros and count keys in slots as well, [B, slot + M, G, D];
+        what follows from keys that have not come in time is NaN."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        how = self.in_order, out_dtype, pieces, followed
+        how = self.in_order, out_dtype, pieces, arrival, departure
         return module("hopper_backward_launch").backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, *how)

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .hopper_add import await_turn, reduce_add, reduced, viewed, write
 from .hopper_prepare import DELTA, PIECES
 from .hopper_steps import key_sums, query_sums, weights
-from .hopper_tile import advance, fetch, run_at
+from .hopper_tile import advance, await_flag, fetch, run_at
 from .hopper_walk import BLOCK, ROWS, block_at, masks_at, place, steps_of, visit
 
 __all__ = ["hopper_backward_kernel"]
@@ -38,16 +38,21 @@ KEYS = gl.constexpr(128)  # of a tile
 PARTS = gl.constexpr(2)  # of dQ on their way
 
 
-@gluon.jit(do_not_specialize=["CELLS"])
+@gluon.jit(do_not_specialize=["CELLS", "SHARED", "SLOT", "PATIENCE"])
 def hopper_backward_kernel(
     q, k, v, dout, pieces, places, walks, dq, dk, dv, order, runs, visits, turns, counters, scale, scale_log2, CELLS,
+    far_k, far_v, flags, error, epoch, wanted, counts, words, SHARED, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, ORDERED: gl.constexpr,
+    WAIT: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `order`, stored or added, and dQ added to a sum.
 
     q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D], pieces of [B * H, L, PIECES] (`hopper_prepare.py`),
     places from `hopper_backward_launch.places`, and walks of the lines of `runs`. A program takes SHARE of the GROUP
     query heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
+    WAIT: keys from SLOT on are in far_k and far_v, and there when the flag says so (`await_flag`) that SHARED key/value
+    heads of a slot have; and when all programs that have the same flag, so many as are `wanted`, have stored dK and dV,
+    their word becomes the epoch.
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
     SLOTS: gl.constexpr = 4 if WIDTH == 64 else 2  # for steps of rows and for their dS
@@ -75,8 +80,10 @@ def hopper_backward_kernel(
     dq_full = gl.allocate_shared_memory(gl.int64, [PARTS, 1], signal)
     dq_empty = gl.allocate_shared_memory(gl.int64, [PARTS, 1], signal)
     over = gl.allocate_shared_memory(gl.int64, [1], signal)
+    stored = gl.allocate_shared_memory(gl.int64, [1], signal)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(over, count=2)
+    mbarrier.init(stored, count=2)
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
@@ -89,54 +96,60 @@ def hopper_backward_kernel(
     s_weights.index(1).store(weights(DELTA, dtype))
     fence_async_shared()
 
+    tensors = (q, k, v, dout, pieces, places, walks)
     keys = (s_k, s_v, kv_full)
     ring = (s_q, s_do, s_pieces, s_weights, s_place, s_walk, full, empty)
     slopes = (s_ds, ds_full, ds_empty)
     adds = (s_dq, dq_full, dq_empty)
     scales = (scale, scale_log2)
+    results = (dk, dv)
+    work = (order, runs)
+    ends = (over, stored)
+    arrival = (far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE)
+    departure = (wanted, counts, words, stored)
     # So nothing is spilled: registers of warps that copy, and the role of the warpgroup that the kernel begins with.
     SINGLE: gl.constexpr = 32
     FIRST: gl.constexpr = 2 if dk.dtype == gl.float32 else 0
     SECOND: gl.constexpr = (FIRST + 1) % 3
     THIRD: gl.constexpr = (FIRST + 2) % 3
     gl.warp_specialize([
-        (compute, (FIRST, dk, dv, scales, keys, ring, slopes, adds, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
-        (compute, (SECOND, dk, dv, scales, keys, ring, slopes, adds, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
-        (compute, (THIRD, dk, dv, scales, keys, ring, slopes, adds, over, order, runs, GROUPS, GROUP, SHARE, ADD)),
-        (load, (q, k, v, dout, pieces, places, walks, keys, ring, order, runs, GROUPS, GROUP, SHARE, ORDERED)),
-        (add, (dq, adds, order, runs, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED, WIDTH // 64)),
+        (compute, (FIRST, results, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
+        (compute, (SECOND, results, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
+        (compute, (THIRD, results, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
+        (load, (tensors, keys, ring, arrival, departure, work, GROUPS, GROUP, SHARE, ORDERED, WAIT)),
+        (add, (dq, adds, work, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED, WIDTH // 64)),
     ], [4, 4, 1, 1], [208, 96 - SINGLE if THIRD == 2 else 208, SINGLE, SINGLE])  # fmt: skip
 
 
 @gluon.jit
 def compute(
-    ROLE: gl.constexpr, dk, dv, scales, keys, ring, slopes, adds, over, order, runs,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
+    ROLE: gl.constexpr, results, scales, keys, ring, slopes, adds, ends, work,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """One of the three warpgroups: dK and dV of the first or the second half of the tile's keys, or dQ."""
     if ROLE == 2:
+        order, runs = work
         query_sums(steps_of(order, runs, GROUPS, GROUP, SHARE), keys, slopes, adds, scales[0])
     else:
-        key_gradients(ROLE, dk, dv, scales, keys, ring, slopes, over, order, runs, GROUPS, GROUP, SHARE, ADD)
+        key_gradients(ROLE, results, scales, keys, ring, slopes, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)
 
 
 @gluon.jit
 def load(
-    q, k, v, dout, pieces, places, walks, keys, ring, order, runs,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr,
+    tensors, keys, ring, arrival, departure, work,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """Keys and values once, then steps of rows as fast as they are used up, each with what its mask is made of: for
     either half of the keys where in its run it begins, or -ROWS where all is seen, and the run. That comes by TMA as
     well: of what a warp stores, only those lanes that arrive at a barrier may say that it is there."""
-    s_k, s_v, kv_full = keys
+    q, k, v, dout, pieces, places, walks = tensors
+    order, runs = work
     s_q, s_do, s_pieces, _weights, s_place, s_walk, full, empty = ring
     BYTES: gl.constexpr = (
         2 * q.block_type.nbytes + pieces.block_type.nbytes + places.block_type.nbytes + walks.block_type.nbytes
     )
     i_b, i_g, head0, key0, first, end = place(order, GROUPS, GROUP, SHARE)
-    mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
-    fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
-    fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
+    load_keys(k, v, i_b, i_g, key0, keys, arrival, GROUPS, WAIT)
     slot, phase = 0, 1
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
@@ -158,31 +171,102 @@ def load(
                 fetch(q, [i_b, i_h, start + j, 0], here, s_q.index(slot))
                 fetch(dout, [i_b, i_h, start + j, 0], here, s_do.index(slot))
                 slot, phase = advance(slot, phase, s_q.shape[0])
+    if WAIT:
+        tell(order, arrival, departure, GROUPS, GROUP, SHARE)
+
+
+@gluon.jit
+def load_keys(k, v, i_b, i_g, key0, keys, arrival, GROUPS: gl.constexpr, WAIT: gl.constexpr):
+    """The tile's keys and values; of those that are on their way and do not come, NaN."""
+    s_k, s_v, kv_full = keys
+    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE = arrival
+    if WAIT:
+        if key0 >= SLOT:
+            i_flag = flag_of(i_g, key0, SHARED, SLOT, GROUPS)
+            await_flag(flags + i_flag, error, gl.load(epoch), PATIENCE, i_flag)
+            if gl.load(error, volatile=True) == 0:
+                fetch_keys(far_k, far_v, i_b, i_g, key0 - SLOT, keys)
+            else:
+                spoil(s_k)
+                spoil(s_v)
+                fence_async_shared()
+                mbarrier.arrive(kv_full, count=1)
+        else:
+            fetch_keys(k, v, i_b, i_g, key0, keys)
+    else:
+        fetch_keys(k, v, i_b, i_g, key0, keys)
+
+
+@gluon.jit
+def fetch_keys(k, v, i_b, i_g, key0, keys):
+    """Starts to copy them."""
+    s_k, s_v, kv_full = keys
+    mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
+    fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
+    fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
+
+
+@gluon.jit
+def flag_of(i_g, key0, SHARED, SLOT, GROUPS: gl.constexpr):
+    """The flag of a tile of keys that are on their way."""
+    return ((key0 // SLOT - 1) * GROUPS + i_g) // SHARED
+
+
+@gluon.jit
+def spoil(s_x):
+    """Fills a tile with NaN, a few rows at a time, for which one warp has registers."""
+    LINES: gl.constexpr = 8
+    WIDTH: gl.constexpr = s_x.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [1, 1], [1, 0])
+    for i in gl.static_range(s_x.shape[0] // LINES):
+        s_x.slice(i * LINES, LINES).store(gl.full([LINES, WIDTH], float("nan"), s_x.dtype, layout))
+
+
+@gluon.jit
+def tell(order, arrival, departure, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+    """Counts this program, once its dK and dV are in memory, and tells if it was the last of its flag; then the count
+    is zero again."""
+    _far_k, _far_v, _flags, _error, epoch, SHARED, SLOT, _PATIENCE = arrival
+    wanted, counts, words, stored = departure
+    _, i_g, _, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
+    if key0 >= SLOT:
+        i_flag = flag_of(i_g, key0, SHARED, SLOT, GROUPS)
+        mbarrier.wait(stored, 0)
+        if gl.atomic_add(counts + i_flag, 1, sem="acq_rel") == gl.load(wanted + i_flag) - 1:
+            gl.store(counts + i_flag, 0)
+            gl.atomic_xchg(words + i_flag, gl.load(epoch), sem="release", scope="sys")
 
 
 @gluon.jit
 def key_gradients(
-    HALF: gl.constexpr, dk, dv, scales, keys, ring, slopes, over, order, runs,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
+    HALF: gl.constexpr, results, scales, keys, ring, slopes, ends, work,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """One half of the tile's keys: their dK and dV."""
+    dk, dv = results
+    order, runs = work
     scale, scale_log2 = scales
+    over, stored = ends
     b_dk, b_dv = key_sums(HALF, steps_of(order, runs, GROUPS, GROUP, SHARE), keys, ring, slopes, scale_log2)
     mbarrier.arrive(over, count=1)
     mbarrier.wait(over, 0)  # nobody reads Q and dO any more
     i_b, i_g, _, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
     put(dv, b_dv, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
     put(dk, b_dk * scale, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
+    if WAIT:
+        reduced()
+        mbarrier.arrive(stored, count=1)
 
 
 @gluon.jit
 def add(
-    dq, adds, order, runs, visits, turns, counters, CELLS,
+    dq, adds, work, visits, turns, counters, CELLS,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """The parts of dQ, 64 columns of a step, as they come, to the sum in memory. At head dim 64 steps take turns with
     the buffers, and blocks of one step let these run on into the next block."""
     s_dq, dq_full, dq_empty = adds
+    order, runs = work
     i_b, _, head0, _, first, end = place(order, GROUPS, GROUP, SHARE)
     part, phase = 0, 0
     for i_run in range(first, end):

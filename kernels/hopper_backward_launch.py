@@ -7,6 +7,7 @@ from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from .hopper import WIDEST
 from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
 from .hopper_prepare import PIECES, prepare_kernel
 from .hopper_tile import LOG2E
+from .interface import Arrival, Departure
 from .launching import Constants, launch
-from .segments import Segments
+from .segments import NO_WINDOW, Segments
 from .tiles import Work, key_tiles, to_device
 from .triton_arguments import addressable, block_width, strides
 from .triton_launch import positive, section
@@ -29,6 +31,9 @@ __all__ = ["backward", "begin"]
 KEYS, BLOCK, ROWS = (size.value for size in (hopper_backward.KEYS, hopper_walk.BLOCK, hopper_walk.ROWS))
 PREPARED = 32  # rows of a program of `prepare_kernel`
 NONE = (0,)  # the shape of nothing
+NOTHING = (None, None, None, None, None, None, None, None, 1, 1, 0)  # is on its way
+BEGINNING = 1.2  # what a program takes besides its blocks, in blocks of one head
+TRAVEL = 0.08  # how long gradients of a tile are under way to where they belong, in blocks of one head: NVLink
 PATIENCE = 7  # when sums are ordered, so many times the tiles of a head at work are at most the blocks that one walks
 
 
@@ -58,26 +63,33 @@ def backward(
     deterministic: bool,
     out_dtype: torch.dtype | None = None,
     pieces: Described | None = None,
-    followed: bool = False,
+    arrival: Arrival | None = None,
+    departure: Departure | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from
-    `begin`, and then no delta. Where it is `followed` by others that fill the GPU, no tile is shared.
+    `begin`, and then no delta. With `arrival` and `departure` see `HopperKernel.backward`.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     """
     batch, rows, heads, d = q.shape
     _, keys, groups, e = v.shape
+    keys += 0 if arrival is None else arrival.slot - keys + arrival.k.shape[1]
     group, units = heads // groups, batch * groups
     scale = positive(scale)
     width = max(NARROWEST, block_width(max(d, e)))
     work, longest, blocks = segments.derive((lower, keys), lambda s: lower(s, keys))
     running = dk is not None or dv is not None
     tiles = work.busy if running else work.tiles.shape[0]
-    shares = 1 if running or followed else shares_of(group, longest, blocks * units, processors(q.device))
+    shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
     least = patience(longest * group, width, processors(q.device)) if deterministic else 1
-    side = shares * side_by_side(units, (q.numel() + dout.numel()) * q.element_size() // units, least)
+    reread = min(rows, longest * BLOCK) * group * ((d + e) * q.element_size() + 4 * d)  # bytes of q, dout and dq
+    side = shares * side_by_side(units, reread, least)
     shape = tiles, units * shares, side, processors(q.device)
-    order, runs = segments.derive((backward, keys, *shape, q.device), lambda _: placed(work, shape, q.device))
+    far = arrival and (arrival.slot, *arrival.flags.shape, groups, shares)
+    order, runs, wanted, *turns = segments.derive(
+        (backward, keys, *shape, far, deterministic, q.device),
+        lambda _: placed(work, shape, group // shares, far, deterministic, q.device),
+    )
     onto = running or shares > 1
     if pieces is None:
         dq, pieces = begin(q, v, lse, delta, scale, dq)
@@ -86,18 +98,15 @@ def backward(
     counters, zero_dk, zero_dv = all_zero(
         q.device,
         (batch * heads * cells if deterministic else 0,),
-        k.shape if dk is None and onto else NONE,
-        v.shape if dv is None and onto else NONE,
+        (batch, keys, groups, d) if dk is None and onto else NONE,
+        (batch, keys, groups, e) if dv is None and onto else NONE,
     )
     dk, dv = (
-        (zero if onto else torch.empty(x.shape, dtype=out_dtype or torch.float32, device=x.device))
+        (zero if onto else q.new_empty(batch, keys, groups, columns, dtype=out_dtype or torch.float32))
         if total is None
         else total
-        for x, total, zero in ((k, dk, zero_dk), (v, dv, zero_dv))
+        for columns, total, zero in ((d, dk, zero_dk), (e, dv, zero_dv))
     )
-    turns = Turns(runs, runs)  # not read
-    if deterministic:
-        turns = segments.derive((turns_of, keys, q.device), lambda _: turns_of(work, BLOCK).to(q.device))
     sums = [described(x, ROWS, block) for x, block in ((dq, 64), (dk, width), (dv, width))]
     launch(
         hopper_backward.hopper_backward_kernel,
@@ -107,11 +116,12 @@ def backward(
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
             *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
+            *(NOTHING if arrival is None or departure is None else waited(arrival, departure, wanted, width)),
         ),
         (),
         (
             ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("ADD", onto),
-            ("ORDERED", deterministic), ("num_warps", 4), ("maxnreg", 128),
+            ("ORDERED", deterministic), ("WAIT", arrival is not None), ("num_warps", 4), ("maxnreg", 128),
         ),
     )  # fmt: skip
     for total, x in zip((dq, dk, dv), sums, strict=True):
@@ -159,9 +169,62 @@ def lower(segments: Segments, keys: int) -> Lowered:
     return Lowered(work, int(blocks.max(initial=0)), int(blocks.sum()))
 
 
-def placed(work: Work, shape: tuple[int, int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Who does what, in this order, and the runs, on the device."""
-    return to_device(queue(work, BLOCK, *shape), device), to_device(work.runs, device)
+class Placed(NamedTuple):
+    """Tables on the device: who does what, in this order; the runs; `programs_of` each flag, if there are any; turns,
+    if there are any."""
+
+    order: Tensor
+    runs: Tensor
+    wanted: Tensor | None
+    visits: Tensor
+    turns: Tensor
+
+
+def placed(
+    work: Work,
+    shape: tuple[int, int, int, int],
+    share: int,
+    far: tuple[int, ...] | None,
+    ordered: bool,
+    device: torch.device,
+) -> Placed:
+    """What a launch of programs that take so many heads each reads; far: the slot, sources, flags, key/value heads and
+    programs for each of these, where keys are on their way."""
+    leaving, travel = NO_WINDOW, 0.0
+    if far is not None:
+        leaving, _, flags, groups, _ = far
+        away = int(np.count_nonzero(work.tiles[:, 0].numpy() >= leaving))
+        travel = TRAVEL * away * groups / flags / share  # of the last heads' gradients
+    queued = queue(work, BLOCK, *shape, BEGINNING / share, leaving, travel)
+    wanted = None if far is None else to_device(programs_of(queued.pieces, *far), device)
+    runs = to_device(work.runs, device)
+    turns = Turns(runs, runs)  # not read
+    if ordered:
+        turns = turns_of(work._replace(tiles=work.tiles[queued.tiles]), BLOCK).to(device)
+    return Placed(to_device(queued.pieces, device), runs, wanted, *turns)
+
+
+def programs_of(order: Tensor, slot: int, sources: int, flags: int, groups: int, shares: int) -> Tensor:
+    """How many programs have each flag, int32 [sources, flags]: those whose keys are in the slot of a source, and whose
+    head is among those that share it.
+
+    Example (two heads with a flag each, two sources; keys in slots of 4):
+        >>> order = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 1], [0, 4, 1, 2], [1, 4, 1, 2], [1, 8, 2, 3]])
+        >>> programs_of(order, 4, 2, 2, 2, 1).tolist()
+        [[1, 1], [0, 1]]
+    """
+    head, key = order[:, 0].numpy() // shares % groups, order[:, 1].numpy()
+    flag = (key // slot - 1) * flags + head // (groups // flags)
+    counted = np.bincount(flag[key >= slot], minlength=sources * flags)
+    return torch.from_numpy(counted.astype(np.int32)).view(sources, flags)
+
+
+def waited(arrival: Arrival, departure: Departure, wanted: Tensor | None, width: int) -> tuple:
+    """What the kernel is told of keys on their way, and of gradients."""
+    k, v, flags, epoch, slot, patience, error = arrival
+    far = described(k, KEYS, width), described(v, KEYS, width)
+    shared = v.shape[2] // flags.shape[1]
+    return *far, flags, error, epoch, wanted, departure.counts, departure.words, shared, slot, patience
 
 
 def patience(walked: int, width: int, processors: int) -> int:

@@ -29,7 +29,18 @@ from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["Arrival", "Capped", "Kernel", "Part", "Three", "accumulate_dtype", "nothing_seen", "row_delta", "settled"]
+__all__ = [
+    "Arrival",
+    "Capped",
+    "Departure",
+    "Kernel",
+    "Part",
+    "Three",
+    "accumulate_dtype",
+    "nothing_seen",
+    "row_delta",
+    "settled",
+]
 
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -68,6 +79,18 @@ class Arrival(NamedTuple):
     slot: int
     patience_ns: int
     error: Tensor
+
+
+class Departure(NamedTuple):
+    """Gradients of what arrives, that may leave while the kernel runs.
+
+    words: int32 [sources, F], on the device: those of a source and some heads, as in `Arrival.flags`, become its epoch
+        when these heads' dk and dv of the keys of the source are in memory.
+    counts: int32 [sources, F], on the device, zeros; zeros again when the kernel has ended.
+    """
+
+    words: Tensor
+    counts: Tensor
 
 
 class Kernel(Protocol):
@@ -188,7 +211,7 @@ def settled(
 
     Args:
         dq: [B, L, H, D]; may lie in any order.
-        own: gradients of all keys of a shard, in one part or two, contiguous; may be written to.
+        own: gradients of all keys of a shard, in one part or two, those of each sequence contiguous; may be written to.
         parts: what is added to them, in this order, contiguous.
         into: where the results are to be, contiguous.
         kept: where a kernel keeps what follows from where parts lie, for the next time.

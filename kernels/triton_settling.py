@@ -44,7 +44,9 @@ def settled(
     first = parts[0] if parts else own[0]
     table = table_of(tuple(place(part, first) for part in parts), dq.device, kept) if parts else None
     tensors = dq, dk, dv, late_k, late_v, first.dk, first.dv, table, new_q, new_k, new_v
-    numbers = *blocks, dq.shape[0], dq.shape[1], keys, own[0].keys.stop, len(parts)
+    cut = own[0].keys.stop
+    apart = dk.stride(0) // (dk.shape[2] * dk.shape[3]) if dk.shape[0] > 1 else cut
+    numbers = *blocks, dq.shape[0], dq.shape[1], keys, cut, apart, len(parts)
     launch(settling_kernel, dq.device, grid, (*tensors, *numbers), (strides(dq),), constants)
     return new_q, new_k, new_v
 
@@ -74,18 +76,19 @@ def work_of(q: torch.Size, k: tuple, v: tuple) -> tuple[tuple[int, int, int], tu
     return (sum(blocks), 1, 1), tuple(blocks[:2]), tuple(named.items())
 
 
-@triton.jit(do_not_specialize=["ROW_BLOCKS", "KEY_BLOCKS", "BATCH", "ROWS", "KEYS", "CUT", "PARTS"])
+@triton.jit(do_not_specialize=["ROW_BLOCKS", "KEY_BLOCKS", "BATCH", "ROWS", "KEYS", "CUT", "APART", "PARTS"])
 def settling_kernel(
     dq, dk, dv, late_k, late_v, parts_k, parts_v, table, dq_out, dk_out, dv_out,
-    ROW_BLOCKS, KEY_BLOCKS, BATCH, ROWS, KEYS, CUT, PARTS, dq_strides,
+    ROW_BLOCKS, KEY_BLOCKS, BATCH, ROWS, KEYS, CUT, APART, PARTS, dq_strides,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The first ROW_BLOCKS programs take dq [BATCH, ROWS, HEADS, D], the next KEY_BLOCKS dk, the others dv.
 
-    dk [BATCH, CUT, GROUPS, D] are the gradients of the first CUT keys, late_k those of the others. Each of PARTS parts
-    [BATCH, stop - start, GROUPS, D] is added to those of the keys from start on; `table` says start, stop, and how far
-    the part is from parts_k and parts_v; None if there are no parts.
+    dk [BATCH, CUT, GROUPS, D] are the gradients of the first CUT keys, of a sequence so many keys APART from the one
+    before; late_k those of the others. Each of PARTS parts [BATCH, stop - start, GROUPS, D] is added to those of the
+    keys from start on; `table` says start, stop, and how far the part is from parts_k and parts_v; None if there are no
+    parts.
     """
     block = tl.program_id(0)
     if block < ROW_BLOCKS:
@@ -95,22 +98,22 @@ def settling_kernel(
         tl.store(dq_out + o_row[:, None] * D + o_d, tl.load(p_x, mask=inside).to(dq_out.dtype.element_ty), mask=inside)
     elif block < ROW_BLOCKS + KEY_BLOCKS:
         block -= ROW_BLOCKS
-        add_up(dk, late_k, parts_k, table, dk_out, block, BATCH, KEYS, CUT, PARTS, 2, GROUPS, D, BLOCK, BLOCK_D)
+        add_up(dk, late_k, parts_k, table, dk_out, block, BATCH, KEYS, CUT, APART, PARTS, 2, GROUPS, D, BLOCK, BLOCK_D)
     else:
         block -= ROW_BLOCKS + KEY_BLOCKS
-        add_up(dv, late_v, parts_v, table, dv_out, block, BATCH, KEYS, CUT, PARTS, 3, GROUPS, E, BLOCK, BLOCK_E)
+        add_up(dv, late_v, parts_v, table, dv_out, block, BATCH, KEYS, CUT, APART, PARTS, 3, GROUPS, E, BLOCK, BLOCK_E)
 
 
 @triton.jit
 def add_up(
-    x, late, parts, table, out, block, BATCH, KEYS, CUT, PARTS, COLUMN: tl.constexpr,
+    x, late, parts, table, out, block, BATCH, KEYS, CUT, APART, PARTS, COLUMN: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows of own gradients and all parts, in this order."""
     o_row, o_d, i_b, i_key, i_h = rows_of(block, KEYS, HEADS, BLOCK, BLOCK_D)
     inside = (i_b < BATCH)[:, None] & (o_d < D)
     early = (i_key < CUT)[:, None]
-    p_x = x + (((i_b * CUT + i_key) * HEADS + i_h) * D)[:, None] + o_d
+    p_x = x + (((i_b * APART + i_key) * HEADS + i_h) * D)[:, None] + o_d
     p_late = late + (((i_b * (KEYS - CUT) + i_key - CUT) * HEADS + i_h) * D)[:, None] + o_d
     b_x = tl.load(p_x, mask=inside & early, other=0.0) + tl.load(p_late, mask=inside & ~early, other=0.0)
     if table is not None:

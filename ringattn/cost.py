@@ -6,8 +6,8 @@ side by side where an executor hides one behind the other, and nothing is faster
 
     ring      max(own, hop) + max(others' 1, hop) + ...     every hop hides, every step merges
     gather    all keys + everything                          nothing hides, nothing merges
-    pull      max(own, keys) + others' + a merge             or, in one launch, everything: flags hide the keys;
-                                                             a backward: or own and others' side by side, drained once
+    pull      max(own, keys) + others' + a merge             or, in one launch, everything: flags hide the keys,
+                                                             and in a backward gradients leave before it ends
 
 `python -m ringattn.launch.predict 32768 4` prints the choice for 32768 tokens on each of 4 ranks.
 """
@@ -29,7 +29,6 @@ from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, START, K
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
 RAGGED = 0.06  # of the longest tile of a backward
-MIXED = 1.04  # how much longer launches of a backward take whose programs mix: they share the L2 cache
 TILE, PROCESSORS = 128, 132  # query rows, or keys, that a program works on at a time, and programs
 LONGEST = 1.5  # how much longer than the mean the tiles take that come first
 ROOM = 132 / 126  # how much longer a forward takes that leaves multiprocessors to messages
@@ -52,7 +51,7 @@ class Workload(NamedTuple):
     itemsize: int
     same_node: bool  # ranks reach each other's memory
     waits: bool  # the kernel can wait for keys while it runs
-    adds_in_any_order: bool  # launches of its backward can run side by side
+    tells: bool  # and, while its backward runs, tell which gradients may leave
     memory: int  # bytes of a GPU
 
     @property
@@ -121,10 +120,10 @@ class Prediction(NamedTuple):
     def __str__(self) -> str:
         groups = f"{self.schedule.head_groups} head group{'s' * (self.schedule.head_groups > 1)}"
         ways = {"pull": f"flags, {groups}" if self.schedule.flags else "own keys first", "gather": groups}
-        halves = "own gradients in halves" if self.schedule.halves else "own gradients last"
-        halves += " beside the others'" * self.schedule.beside
+        back = "own gradients in halves" if self.schedule.halves else "own gradients last"
+        back = "gradients at once" if self.schedule.at_once else back
         way = ways.get(self.executor)
-        name = f"{self.executor} ({way}, {halves}{', replayed' * self.schedule.replay})" if way else self.executor
+        name = f"{self.executor} ({way}, {back}{', replayed' * self.schedule.replay})" if way else self.executor
         return (
             f"{name}: forward {self.forward * 1e3:.3g} ms, backward {self.backward * 1e3:.3g} ms, "
             f"{self.memory / 2**30:.3g} GiB"
@@ -152,10 +151,12 @@ def predict(load: Workload) -> Iterator[Prediction]:
                 yield predict_gather(load, Schedule(halves=halves, head_groups=groups))
     if load.same_node:
         groups = [n for n in (1, 2, 4, 8) if load.waits and load.kv_heads % n == 0]
-        for way in (Schedule(), Schedule(halves=False), *[Schedule(beside=True)] * load.adds_in_any_order):
+        for way in (Schedule(), Schedule(halves=False)):
             yield predict_pull(load, way)
             for n in groups:
                 yield predict_pull(load, way._replace(flags=True, head_groups=n))
+        for n in groups if load.tells else ():
+            yield predict_pull(load, Schedule(flags=True, at_once=True, head_groups=n))
 
 
 def predict_ring(load: Workload) -> Prediction:
@@ -243,14 +244,13 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         forward = max(forward, taken)
         own, remote = (sum(load.compute(rank, s, True) for s in ranks if (s == rank) == mine) for mine in (True, False))
         early = own / 4 if schedule.halves else 0.0
-        others_taken = load.launched(rank, remote)
         prepared = load.merge(rank)
         late = max(0.0, come - prepared)
-        if schedule.beside:
-            taken = beside(MIXED * load.launched(rank, own + remote) + START, late + home, "copy engine")
-            taken = max(taken, late + others_taken + home)
+        if schedule.at_once:
+            taken = beside(load.launched(rank, own + remote), late + home, "copy engine")
+            taken += 2 * COPY * schedule.head_groups
         else:
-            taken = beside(load.launched(rank, early), late, "copy engine") + others_taken
+            taken = beside(load.launched(rank, early), late, "copy engine") + load.launched(rank, remote)
             taken += beside(load.launched(rank, own - early), home, "copy engine")
         taken += prepared + 2 * MEETING
         sums = 3 * others * load.gradient_bytes / MEMORY + load.merge(rank)
@@ -258,8 +258,9 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
     copies = plan.ranks - 1
     issued = HOST["call"] + (2 - schedule.flags) * HOST["launch"] + HOST["travel"]
     issued += 3 * copies * schedule.head_groups * HOST["copy"]
-    issued_back = HOST["backward"] + (2 + schedule.halves) * 2 * HOST["launch"] + 2 * HOST["travel"]
-    issued_back += 6 * copies * HOST["copy"]
+    launches = 1 if schedule.at_once else 2 + schedule.halves
+    issued_back = HOST["backward"] + launches * 2 * HOST["launch"] + 2 * HOST["travel"]
+    issued_back += 6 * copies * (schedule.head_groups if schedule.at_once else 1) * HOST["copy"]
     if forward + backward < SHORT and plan.mask.documents is None:  # documents do not come again
         schedule = schedule._replace(replay=True)
         issued = issued_back = HOST["replay"]

@@ -112,7 +112,7 @@ def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: Ke
         itemsize=q.dtype.itemsize,
         same_node=ranks.same_node,
         waits=getattr(kernel, "waits", False),
-        adds_in_any_order=getattr(kernel, "adds_in_any_order", lambda *_: False)(q, v),
+        tells=getattr(kernel, "tells", lambda *_: False)(q, v),
         memory=ranks.memory,
     )
     return choose_executor(executor, load)

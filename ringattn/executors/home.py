@@ -6,8 +6,9 @@ journey of the others' gradients home:
     compute   | own, later half | others' keys        | own, earlier half   | sum
     travel    | keys come >>>>> |                     | gradients go home > |
 
-The later half of a causal shard is the lighter one, and keys are half as many bytes as their fp32 gradients. The sum
-of dk and dv is fp32 in a fixed order, and rounded once.
+The later half of a causal shard is the lighter one, and keys are half as many bytes as their fp32 gradients. A kernel
+that waits for keys and tells of gradients itself needs one launch only. The sum of dk and dv is fp32 in a fixed order,
+and rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ringattn.executors.axis import within
 from ringattn.executors.call import Call
-from ringattn.kernels.interface import Kernel, Part, Three
+from ringattn.kernels.interface import Arrival, Departure, Kernel, Part, Three
 from ringattn.kernels.segments import Segments
 
 __all__ = ["Backward", "delta_of"]
@@ -40,16 +41,22 @@ class Backward:
         self.first, self.last = (slice(cut, k.shape[1]), slice(0, cut)) if cut else (None, slice(0, k.shape[1]))
         self.own: list[Part] = []
 
-    def differentiate(self, k: Tensor, v: Tensor, segments: Segments, last: bool = False) -> tuple[Tensor, Tensor]:
-        """dk and dv of some keys, contiguous; adds to dq. Beside any but the `last` launch others may go on."""
+    def differentiate(self, k: Tensor, v: Tensor, segments: Segments, **more: Any) -> tuple[Tensor, Tensor]:
+        """dk and dv of some keys, contiguous; adds to dq."""
         inputs = self.dout, self.q, k, v, self.out, self.lse, self.delta, segments
         alone = self.q.dtype if self.call.plan.ranks == 1 else None  # nobody adds to these
-        told = self.call.schedule.beside and not last and hasattr(self.call.kernel, "adds_in_any_order")
-        followed: dict[str, Any] = {"followed": True} if told else {}  # an option of such kernels only
         self.running["dq"], dk, dv = self.call.kernel.backward(
-            *inputs, scale=self.call.scale, out_dtype=alone, **self.running, **followed
+            *inputs, scale=self.call.scale, out_dtype=alone, **self.running, **more
         )
         return dk.contiguous(), dv.contiguous()
+
+    def all_keys(self, segments: Segments, arrival: Arrival, departure: Departure) -> tuple[Tensor, Tensor]:
+        """Differentiates own keys and the others' in one launch; dk and dv in slots, as kernels that tell return them.
+        Only the others' may be read before the launch has ended, when they are told to be there."""
+        dk, dv = self.differentiate(self.k, self.v, segments, arrival=arrival, departure=departure)
+        own = slice(0, self.k.shape[1])
+        self.own.append(Part(own, dk[:, own], dv[:, own]))
+        return dk, dv
 
     def own_keys(self, keys: slice | None) -> None:
         """Differentiates `self.first` or `self.last`."""
@@ -59,7 +66,7 @@ class Backward:
         segments, k, v = call.plan.segments(call.rank, call.rank), self.k, self.v
         if keys.stop - keys.start < k.shape[1]:
             segments, k, v = within(segments, keys.start, keys.stop), k[:, keys], v[:, keys]
-        self.own.append(Part(keys, *self.differentiate(k, v, segments, last=keys == self.last)))
+        self.own.append(Part(keys, *self.differentiate(k, v, segments)))
 
     def settle(self, parts: list[Part], into: Three | None = None) -> Three:
         """dq, dk and dv, once all own keys are differentiated: own gradients plus the others' parts, in that order."""

@@ -6,12 +6,11 @@ multiprocessor is spent on it.
                 compute  | own keys             | others', merged in the epilogue |        otherwise
                 engines  | keys >>>>>>>>>>>>>>> |
 
-    backward    compute  | own keys, later half | others' keys | own keys, earlier half  | sum |
-                engines  | keys >>>>>>>>>>>>>>> |              | gradients go home >>>>> |
+    backward    compute  | own keys, and each other rank's when its flag is up | sum |     if the kernel can wait,
+                engines  | heads >> heads >>      | heads go home >> heads >> |            and tell what is done
 
-                compute  | own keys, later half ---| own keys, earlier half -----| sum |   if launches can be
-                         |             | others' keys -----|                             side by side
-                engines  | keys >>>>>> |                   | gradients go home > |
+                compute  | own keys, later half | others' keys | own keys, earlier half  | sum |   otherwise
+                engines  | keys >>>>>>>>>>>>>>> |              | gradients go home >>>>> |
 
 Of every shard only those keys come that this rank's queries look at, end to end on one axis, or each source's in a slot
 of its own. They come straight from where their owner has them, whose engines know where they go: so they are under way
@@ -24,7 +23,6 @@ Two regions of memory are used in turn (`transport.interface.Symmetric`), and a 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,15 +31,16 @@ from torch import Tensor
 from ringattn.executors.axis import Axis, Piece, span, spans
 from ringattn.executors.call import Call
 from ringattn.executors.home import Backward
-from ringattn.kernels.interface import Arrival, Part, Three, accumulate_dtype
+from ringattn.kernels.interface import Arrival, Departure, Part, Three, accumulate_dtype
 from ringattn.kernels.segments import NO_WINDOW, Segments
 from ringattn.plan import Plan
-from ringattn.transport.interface import WORDS, Mark, Put, Symmetric
+from ringattn.transport.interface import WORDS, Await, Mark, Put, Step, Symmetric
 
 __all__ = ["backward", "forward", "region_sizes"]
 
 Pair = tuple[Tensor, Tensor]
-KEYS, BACK, FLAGS = 0, 1, 2  # rows of words: keys are on their way, or here; gradients are here; flags
+# Rows of words: keys are on their way, or here; gradients are here; flags; gradients may leave; what a kernel counts.
+KEYS, BACK, FLAGS, DONE, COUNTS = range(5)
 GRADIENTS = 2  # the region after the two for keys
 BLOCK = 128  # keys that a kernel reads at once, at most
 
@@ -110,7 +109,7 @@ class Map:
     when memory moves.
 
     What has come is [B, M, G, D] and [B, M, G, E]. For a launch that waits for flags it comes by groups of heads, of
-    all sources: a tile of queries needs all sources' keys, but of one head, before it is done.
+    all sources: a tile of queries needs all sources' keys, but of one head, before it is done. So do gradients go.
     """
 
     def __init__(self, call: Call, symmetric: Symmetric, k: Tensor, v: Tensor, gradients: bool, slot: int | None):
@@ -122,9 +121,9 @@ class Map:
         axis = remote_axis(plan, rank, slot)
         self.segments, self.poison = axis.segments, symmetric.region(rank, self.turn)
         self.k, self.v = self.keys(rank)
-        self.gaps = self.between(axis)
+        self.gaps = [] if slot is None else self.between(axis, gradients)
         self.puts = self.departing()
-        self.flags = self.flags_of(rank)
+        self.flags, self.done, self.counts = (self.table_of(rank, row) for row in (FLAGS, DONE, COUNTS))
         if gradients:
             self.home_poison = symmetric.region(rank, GRADIENTS)
             self.parts = [Part(mine, *self.home(rank, sender)) for sender, mine, _ in homecomings(plan, rank)]
@@ -141,24 +140,24 @@ class Map:
         """The word of a rank that is this one's."""
         return Mark(self.symmetric.words(rank)[row, self.call.rank : self.call.rank + 1])
 
-    def flags_of(self, rank: int) -> Tensor:
-        """[sources, groups], in the order of a rank's axis."""
+    def table_of(self, rank: int, row: int) -> Tensor:
+        """Words of a rank, [sources, groups], in the order of its axis."""
         sources = self.call.plan.ranks - 1
         assert sources * self.groups <= WORDS
-        return self.symmetric.words(rank)[FLAGS, : sources * self.groups].view(sources, self.groups)
+        return self.symmetric.words(rank)[row, : sources * self.groups].view(sources, self.groups)
 
-    def departing(self) -> tuple[Put | Mark, ...]:
+    def departing(self) -> tuple[Step, ...]:
         """Own keys and values to who looks at them."""
         plan, me = self.call.plan, self.call.rank
         peers, waits = departures(plan, me), self.slot is not None
-        puts: list[Put | Mark] = [self.word(peer, KEYS) for peer in peers if waits]
-        heads = self.like[0].shape[2] // self.groups
+        puts: list[Step] = [self.word(peer, KEYS) for peer in peers if waits]
         for group in range(self.groups):
             for peer in peers:
                 pieces = remote_axis(plan, peer, self.slot).pieces
                 place = next(index for index, piece in enumerate(pieces) if piece.source == me)
-                puts += self.put(peer, pieces[place], slice(group * heads, (group + 1) * heads))
-                puts.append(Mark(self.flags_of(peer)[place, group : group + 1]) if waits else self.word(peer, KEYS))
+                puts += self.put(peer, pieces[place], self.heads(group))
+                flag = self.table_of(peer, FLAGS)[place, group : group + 1]
+                puts.append(Mark(flag) if waits else self.word(peer, KEYS))
         return tuple(puts)
 
     def put(self, peer: int, piece: Piece, heads: slice) -> list[Put]:
@@ -170,15 +169,14 @@ class Map:
             if piece.stop > piece.start
         ]
 
-    def between(self, axis: Axis) -> list[Tensor]:
-        """What a launch may read behind the values of a source and before the next one's; a masked value is still
-        multiplied by zero, so it must be finite."""
-        if self.slot is None:
-            return []
+    def between(self, axis: Axis, gradients: bool) -> list[Tensor]:
+        """What a launch may read behind a source's keys and before the next one's. It must be finite: a masked value is
+        still multiplied by zero, and in a backward a key is too."""
         _, _, k_start, k_len, _, window = axis.segments.table.T
         if not ((k_start % BLOCK).any() or (k_len % BLOCK).any() or (window < NO_WINDOW).any()):
             return []
-        return [self.v[:, piece.place.stop : piece.place.stop + BLOCK] for piece in axis.pieces[:-1]]
+        behind = [slice(piece.place.stop, piece.place.stop + BLOCK) for piece in axis.pieces[:-1]]
+        return [x[:, keys] for x in (self.k, self.v)[not gradients :] for keys in behind]
 
     def home(self, owner: int, sender: int) -> Pair:
         """Where `sender` puts its gradients of the keys of `owner`, [B, M, G, D] and [B, M, G, E]."""
@@ -188,23 +186,48 @@ class Map:
         memory = self.symmetric.region(owner, GRADIENTS)[base * token_width(k, v) * dtype.itemsize :]
         return views(memory, dtype, (k.shape[0], length, *k.shape[2:]), (v.shape[0], length, *v.shape[2:]))
 
-    def returning(self, axis: Axis) -> tuple[Put | Mark, ...]:
-        """Gradients of the others' keys to their owners."""
-        puts: list[Put | Mark] = []
-        for piece in axis.pieces:
-            puts += [
-                Put(home[batch], number, (batch, piece.place))
-                for number, home in enumerate(self.home(piece.source, self.call.rank))
-                for batch in range(home.shape[0])
-                if piece.stop > piece.start
-            ]
-            puts.append(self.word(piece.source, BACK))
+    def returning(self, axis: Axis) -> tuple[Step, ...]:
+        """Gradients of the others' keys to their owners; if the kernel tells, as soon as a group of heads is done."""
+        puts: list[Step] = []
+        for group in range(self.groups):
+            for index, piece in enumerate(axis.pieces):
+                if piece.stop > piece.start:
+                    if self.slot is not None:
+                        puts.append(Await(self.done[index, group : group + 1]))
+                    puts += self.put_back(piece, group)
+                if group == self.groups - 1:
+                    puts.append(self.word(piece.source, BACK))
         return tuple(puts)
+
+    def put_back(self, piece: Piece, group: int) -> list[Put]:
+        """Copies of the gradients of a source's keys and values, of one group of heads."""
+        heads = self.heads(group)
+        first = piece.base + (self.slot or 0)  # on the axis that the kernel has
+        keys = slice(first, first + piece.stop - piece.start)
+        return [
+            Put(home[batch, :, heads], number, (batch, keys, heads))
+            for number, home in enumerate(self.home(piece.source, self.call.rank))
+            for batch in range(home.shape[0])
+        ]
+
+    def heads(self, group: int) -> slice:
+        """The key/value heads of a group."""
+        each = self.like[0].shape[2] // self.groups
+        return slice(group * each, (group + 1) * each)
 
     def bring(self, k: Tensor, v: Tensor) -> None:
         """Sends own keys to the others, and lets theirs come."""
         self.symmetric.begin()
         self.symmetric.copy(self.puts, (together(k), together(v)))
+
+    def arrival(self) -> Arrival:
+        """What a launch that waits for flags is told; everybody must have begun the call."""
+        assert self.slot is not None
+        for gap in self.gaps:
+            gap.zero_()
+        symmetric = self.symmetric
+        symmetric.hear(KEYS, self.poison)
+        return Arrival(self.k, self.v, self.flags, symmetric.count, self.slot, symmetric.patience, symmetric.late)
 
 
 def map_of(call: Call, k: Tensor, v: Tensor, gradients: bool) -> Map:
@@ -214,7 +237,8 @@ def map_of(call: Call, k: Tensor, v: Tensor, gradients: bool) -> Map:
     name = gradients, symmetric.calls % 2
     found = call.derived.get(name)
     if found is None or found.generation != symmetric.generation:
-        slot = slot_of(call.plan) if call.schedule.flags and not gradients else None
+        waits = call.schedule.at_once if gradients else call.schedule.flags
+        slot = slot_of(call.plan) if waits else None
         symmetric.reserve(region_sizes(call.plan, k, v, gradients, slot))
         found = call.derived[name] = Map(call, symmetric, k, v, gradients, slot)
     return found
@@ -244,14 +268,8 @@ def forward(
     symmetric, attend = there.symmetric, call.kernel.forward
     there.bring(k, v)
     if there.slot is not None:
-        for gap in there.gaps:
-            gap.zero_()
-        symmetric.hear(KEYS, there.poison)
-        arrival = Arrival(
-            there.k, there.v, there.flags, symmetric.count, there.slot, symmetric.patience, symmetric.late
-        )
         waiting: Any = attend  # only a kernel that can is told to
-        how = {"scale": call.scale, "running": running, "out_dtype": q.dtype, "arrival": arrival}
+        how = {"scale": call.scale, "running": running, "out_dtype": q.dtype, "arrival": there.arrival()}
         result = waiting(q, k, v, there.segments, **how, **({} if into is None else {"into": into}))
     else:
         own: Segments = call.plan.segments(call.rank, call.rank)
@@ -273,13 +291,15 @@ def backward(
     symmetric = there.symmetric
     there.bring(k, v)
     work = Backward(call, dout, q, k, v, out, lse, dlse)
-    apart = symmetric.apart() if call.schedule.beside else nullcontext()
-    work.own_keys(work.first)
-    with apart:
+    if call.schedule.at_once:
+        grads = work.all_keys(there.segments, there.arrival(), Departure(there.done, there.counts))
+        symmetric.follow(there.returns, (*grads, work.running["dq"]))  # all that is still written to is held
+    else:
+        work.own_keys(work.first)
         symmetric.hear(KEYS, there.poison)
         grads = work.differentiate(there.k, there.v, there.segments)
-        symmetric.copy(there.returns, (*grads, work.running["dq"]))  # all that may still be written to is held
-    work.own_keys(work.last)
+        symmetric.copy(there.returns, grads)
+        work.own_keys(work.last)
     symmetric.hear(BACK, there.home_poison)
     symmetric.finish()
     return work.settle(there.parts, into)

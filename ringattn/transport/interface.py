@@ -7,12 +7,23 @@ call keeps the tensors alive. Nothing here knows what the bytes mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["ROWS", "WORDS", "Mark", "Message", "Move", "Put", "Symmetric", "Transport", "TransportError"]
+__all__ = [
+    "ROWS",
+    "WORDS",
+    "Await",
+    "Mark",
+    "Message",
+    "Move",
+    "Put",
+    "Step",
+    "Symmetric",
+    "Transport",
+    "TransportError",
+]
 
 
 class Message(NamedTuple):
@@ -45,7 +56,15 @@ class Mark(NamedTuple):
     words: Tensor  # [n] int32, of `Symmetric.words`
 
 
-ROWS, WORDS = 4, 512  # of each rank, that copies can mark: rows, and words in a row
+class Await(NamedTuple):
+    """Words of this rank, which a launch under way sets: what is put behind them waits until they are the number of
+    calls."""
+
+    words: Tensor  # [n] int32, of `Symmetric.words`
+
+
+Step = Put | Mark | Await
+ROWS, WORDS = 5, 512  # of each rank, that copies can mark: rows, and words in a row
 
 
 class TransportError(RuntimeError):
@@ -112,14 +131,13 @@ class Symmetric(Protocol):
         """Counts a call; what is computed and copied from now on belongs to it."""
         ...
 
-    def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
+    def copy(self, puts: Sequence[Step], tensors: Sequence[Tensor] = ()) -> None:
         """Starts to put parts of some tensors, as the compute so far has left them, where they belong."""
         ...
 
-    def apart(self) -> AbstractContextManager[None]:
-        """What is computed, heard and put in the context that this returns follows what was computed before this call,
-        though the context may be entered later, and goes on beside what is computed after it. It must end by putting
-        something: `finish` waits for that."""
+    def follow(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> None:
+        """Like `copy`, but what is put waits for words of this rank only (`Await`), not for the compute so far: of what
+        a launch that is under way makes, parts can leave before it ends. To be called after the launch."""
         ...
 
     def hear(self, row: int, poison: Tensor) -> None:

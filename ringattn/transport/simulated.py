@@ -8,15 +8,14 @@ reader that does not wait is, too. Messages can be lost, ranks can die, and byte
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ringattn.transport.interface import ROWS, WORDS, Mark, Message, Move, Put, TransportError
+from ringattn.transport.interface import ROWS, WORDS, Await, Mark, Message, Move, Step, TransportError
 from ringattn.transport.virtual_time import Clock
 
 __all__ = ["Network", "SimulatedTransport", "simulate"]
@@ -84,7 +83,6 @@ class SimulatedTransport:
         self.count = torch.zeros(1, dtype=torch.int32)
         self.last = 0.0  # when all that was put will have arrived
         self.leaving = 0  # copies under way
-        self.copies = self.parted = 0  # how often something was put, and how often apart
         self.regions: list[Tensor] = []
         self.retired: list[Tensor] = []  # regions before they moved
         self.my_words = torch.zeros(ROWS, WORDS, dtype=torch.int32)
@@ -200,10 +198,17 @@ class SimulatedTransport:
         self.calls += 1
         self.count.fill_(self.calls)
 
-    def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
+    def copy(self, puts: Sequence[Step], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""
-        self.copies += 1
+        self.follow(puts, tensors)
+
+    def follow(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> None:
+        """See `Symmetric.follow`; here the launch is over, and must have set the words."""
         for put in puts:
+            if isinstance(put, Await):
+                assert self.owner(put.words) == self.rank
+                assert put.words.eq(self.calls).all(), "nobody sets the words that copies wait for"
+                continue
             if isinstance(put, Mark):
                 mark, count = put.words, self.calls
                 fill = self.filling(mark, torch.tensor(count))
@@ -225,18 +230,6 @@ class SimulatedTransport:
             self.leaving -= 1
 
         return arrive
-
-    def apart(self) -> AbstractContextManager[None]:
-        """See `Symmetric.apart`; here one thing is computed after the other. It must end by putting something."""
-
-        @contextmanager
-        def context() -> Iterator[None]:
-            before = self.copies
-            yield
-            assert self.copies > before, "nothing was put: nobody waits for what was computed apart"
-            self.parted += 1
-
-        return context()
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""

@@ -2,6 +2,7 @@
 
     copy        cudaMemcpy(2D)Async from this GPU into the others, on a stream of its own: copy engines, no
                 multiprocessor; words of theirs are written behind the copies
+    follow      the same, where that stream waits for words which a kernel under way sets
     hear        a kernel of one warp looks at words of this rank's, until the deadline (`await_kernel.py`)
 
 Words only count up and are never reset. Nothing else here waits for another rank once the memory is mapped. A copy
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 import gc
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringattn.transport.engine import Engine, Operation, Recording
-from ringattn.transport.interface import ROWS, WORDS, Mark, Put, TransportError
+from ringattn.transport.interface import ROWS, WORDS, Mark, Put, Step, TransportError
 
 __all__ = ["SymmetricMemory", "node"]
 
@@ -72,11 +73,10 @@ class SymmetricMemory:
         self.regions: list[Sequence[Tensor]] = []  # of each rank
         self.engine = Engine()
         self.engines = torch.cuda.Stream(device, priority=-1)
-        self.start, self.done, self.parting = torch.cuda.Event(), torch.cuda.Event(), torch.cuda.Event()
-        self.second = torch.cuda.Stream(device)
+        self.start, self.done = torch.cuda.Event(), torch.cuda.Event()
         self.leaving: list[Sequence[Tensor]] = []  # tensors that are being put
         self.waiting: Any = None
-        self.known: dict[Any, tuple[Sequence[Put | Mark], list[Operation]]] = {}
+        self.known: dict[Any, tuple[Sequence[Step], list[Operation]]] = {}
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
@@ -190,42 +190,36 @@ class SymmetricMemory:
         self.turn()
         recording.start(self.calls, self.compute.cuda_stream)
 
-    def copy(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor] = ()) -> None:
+    def copy(self, puts: Sequence[Step], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""
         self.start.record(self.compute)
         self.engines.wait_event(self.start)
+        self.follow(puts, tensors)
+
+    def follow(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> None:
+        """See `Symmetric.follow`. Streams may share a queue, in which a launch must come before who waits for it."""
         self.leaving.append(tensors)
         bases, count, stream = [x.data_ptr() for x in tensors], self.calls, self.engines.cuda_stream
         for operation in self.lowered(puts, tensors):
             operation(bases, count, stream)
 
-    def lowered(self, puts: Sequence[Put | Mark], tensors: Sequence[Tensor]) -> list[Operation]:
-        """Copies and marks as CUDA wants them, kept for tensors that lie alike."""
+    def lowered(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> list[Operation]:
+        """Copies and words as CUDA wants them, kept for tensors that lie alike."""
         name = id(puts), *(x.stride() for x in tensors)
         known = self.known.get(name)
         if known is None:
-            engine = self.engine
-            operations = [engine.mark(x.words) if isinstance(x, Mark) else engine.put(x, tensors) for x in puts]
-            known = self.known[name] = puts, operations  # held, so that nothing else gets its id
+            known = self.known[name] = (
+                puts,
+                [self.operation(x, tensors) for x in puts],
+            )  # held: nothing else gets its id
             if len(self.known) > KNOWN:
                 del self.known[next(iter(self.known))]
         return known[1]
 
-    def apart(self) -> AbstractContextManager[None]:
-        """See `Symmetric.apart`: a second stream of the same priority, so that where both could go on, what was started
-        first does."""
-        self.parting.record(self.compute)
-        self.second.wait_event(self.parting)
-        return self.on_second()
-
-    @contextmanager
-    def on_second(self) -> Iterator[None]:
-        first, self.compute = self.compute, self.second
-        try:
-            with torch.cuda.stream(self.second):
-                yield
-        finally:
-            self.compute = first
+    def operation(self, x: Step, tensors: Sequence[Tensor]) -> Operation:
+        if isinstance(x, Put):
+            return self.engine.put(x, tensors)
+        return self.engine.mark(x.words) if isinstance(x, Mark) else self.engine.wait(x.words)
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""

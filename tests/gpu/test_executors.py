@@ -116,7 +116,7 @@ def test_bit_equal_from_run_to_run():
 SCHEDULES = [
     Schedule(flags=flags, head_groups=groups, **way)
     for flags, groups in ((False, 1), (True, 2))
-    for way in ({}, {"halves": False}, {"beside": True})
+    for way in ({}, {"halves": False}, {"at_once": True})
 ]
 
 

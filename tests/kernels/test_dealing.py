@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from ringattn.kernels.dealing import BEGINNING, dealt_tiles, orders, queue
+from ringattn.kernels.dealing import BEGINNING, arranged, dealt_tiles, queue
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tiles import key_tiles, query_tiles
 from ringattn.plan import make_plan
@@ -93,18 +93,21 @@ def test_every_piece_queues_once(seed):
     rows, keys, block, step = draw.randint(1, 60), draw.randint(1, 60), draw.choice([4, 16]), draw.choice([4, 16])
     work, heads = key_tiles(cut(rows, keys, draw), keys, block, step), draw.choice([1, 4, 6])
     side = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
-    queued = queue(work, step, len(work.tiles), heads, side, 3).tolist()
-    assert len(queued) == heads * len(work.tiles)
+    leaving = draw.choice([NO_WINDOW, keys // 2 // block * block, 0])
+    queued = queue(work, step, len(work.tiles), heads, side, 3, leaving=leaving, travel=9.0)
+    tiles = work.tiles[queued.tiles].tolist()
+    assert sorted(tiles) == sorted(work.tiles.tolist())
+    assert len(queued.pieces) == heads * len(tiles)
     for head in range(heads):  # in the order of the tiles, in which they may wait for each other (turns.py)
-        assert [tile for each, *tile in queued if each == head] == work.tiles.tolist()
-    assert len(queue(work, step, 0, heads, side, 3)) == 0
+        assert [tile for each, *tile in queued.pieces.tolist() if each == head] == tiles
+    assert len(queue(work, step, 0, heads, side, 3).pieces) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_starts_last_is_short(rank):
     work = key_tiles(documents(rank), 16384, 128, 128)
     work = work._replace(tiles=work.tiles[: work.busy])
-    pieces = queue(work, 128, work.busy, 8, 2, PROGRAMS).numpy()
+    pieces = queue(work, 128, work.busy, 8, 2, PROGRAMS).pieces.numpy()
     length = dict(zip(work.tiles[:, 0].tolist(), (work.blocks(128) + BEGINNING).tolist(), strict=True))
     done = [0.0] * PROGRAMS
     for _, first, _, _ in pieces.tolist():
@@ -120,19 +123,28 @@ def heads_in_turn(order: np.ndarray, pieces: int) -> list[set[int]]:
 
 def test_orders_use_the_cache_less_and_less():
     """Sections of two heads, of four, and both with the short pieces of all eight at the end."""
-    narrow, wide, *late = orders(np.array([9.0, 5, 3, 1]), 8, 2, 4)
+    length = np.array([9.0, 5, 3, 1])
+    narrow, wide = arranged(length, 8, 2), arranged(length, 8, 4)
     assert heads_in_turn(narrow, 8) == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
     assert heads_in_turn(wide, 16) == [{0, 1, 2, 3}, {4, 5, 6, 7}]
-    for order, side in zip(late, (2, 4), strict=True):
+    for side in (2, 4):
+        order = arranged(length, 8, side, 4)
         long = order[:, order[0] < 3]
         assert order[0].tolist() == [*long[0], *[3] * 8]
         assert heads_in_turn(long, 3 * side) == heads_in_turn((narrow, wide)[side // 4], 4 * side)
-    assert len([*orders(np.array([1.0]), 6, 2, 4)]) == 2  # six heads do not come in fours
+
+
+def test_what_travels_is_done_in_time():
+    """A long tile, and three short ones that leave something: if that takes a while, the long one has to wait."""
+    work = query_tiles(Segments([Segment(0, 4, 0, 16, 1 << 20), Segment(4, 12, 0, 4, 1 << 20)]), 16, 4, 4)
+    for travel, long in ((0.0, 0), (9.0, 3)):
+        pieces = queue(work, 4, 4, 1, 1, 2, leaving=4, travel=travel).pieces
+        assert pieces[long, 1] == 0
 
 
 def test_sections_stay_narrow_unless_that_takes_longer():
     """A causal mask over many tiles; and few of which half are long, where four heads side by side are over sooner."""
     many = query_tiles(Segments([Segment(0, 8192, 0, 8192, 0)]), 8192, 128, 128)
-    assert set(queue(many, 128, 64, 8, 2, PROGRAMS)[:128, 0].tolist()) == {0, 1}
+    assert set(queue(many, 128, 64, 8, 2, PROGRAMS).pieces[:128, 0].tolist()) == {0, 1}
     few = query_tiles(Segments([Segment(0, 1024, 0, 8192, 1 << 20), Segment(1024, 1024, 0, 128, 0)]), 2048, 128, 128)
-    assert set(queue(few, 128, 16, 8, 2, 32)[:64, 0].tolist()) == {0, 1, 2, 3}
+    assert set(queue(few, 128, 16, 8, 2, 32).pieces[:64, 0].tolist()) == {0, 1, 2, 3}

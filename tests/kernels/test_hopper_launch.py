@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ringattn.kernels.interface import Arrival, Departure
 from ringattn.kernels.segments import Segment, Segments
 
 pytest.importorskip("triton")
@@ -55,20 +56,44 @@ def test_every_row_of_every_head_once(heads: int, groups: int, d: int, together:
     assert sorted(written) == [(head, row) for head in range(batch * heads) for row in range(0, rows, 64)]
 
 
-@pytest.mark.parametrize(("followed", "share"), [(False, 2), (True, 4)])
-def test_tiles_are_shared_unless_other_launches_follow(followed: bool, share: int, monkeypatch: pytest.MonkeyPatch):
-    """Eight tiles of up to eight blocks leave most multiprocessors idle."""
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("batch", "heads", "groups"), [(1, 8, 2), (2, 6, 2), (1, 64, 8)])
+def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pytest.MonkeyPatch):
+    """Every tile of own keys and of the others', for all heads, once; those of a flag are counted; whoever waits for
+    turns waits for tiles that come before."""
     from ringattn.kernels import hopper_backward_launch
 
     launches = []
     monkeypatch.setattr(hopper_backward_launch, "launch", lambda *arguments: launches.append(arguments))
-    q, dout, k, v = (torch.empty(1, 1024, heads, 128, dtype=torch.bfloat16) for heads in (8, 8, 2, 2))
-    lse = delta = torch.empty(1, 8, 1024)
-    segments = Segments([Segment(0, 1024, 0, 1024, 0)])
-    hopper_backward_launch.backward(
-        dout, q, k, v, lse, delta, segments, 0.1, None, None, None, False, followed=followed
-    )
-    assert [dict(constants)["SHARE"] for *_, constants in launches[1:]] == [share]
+    own, slot, far = 1000, 1152, 300
+    q, dout = torch.empty(2, batch, own, heads, 128, dtype=torch.bfloat16)
+    k, v, far_k, far_v = (torch.empty(batch, n, groups, 128, dtype=torch.bfloat16) for n in (own, own, far, far))
+    lse = delta = torch.empty(batch, heads, own)
+    segments = Segments([Segment(0, own, 0, own, 0), Segment(0, own, slot, far, 0)])
+    words = torch.zeros(1, groups, dtype=torch.int32)
+    arrival = Arrival(far_k, far_v, words, words[:1, 0], slot, 1, words[:1, 0])
+    inputs = dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic
+    _, dk, dv = hopper_backward_launch.backward(*inputs, arrival=arrival, departure=Departure(words, words))
+    assert dk.shape == dv.shape == (batch, slot + far, groups, 128)
+    _, (_, _, (programs, _, _), arguments, _, constants) = launches
+    assert dict(constants)["WAIT"]
+    order, wanted = arguments[10].tolist(), arguments[23]
+    assert len(order) == programs
+    keys, shares = range(0, slot + far, 128), heads // groups // dict(constants)["SHARE"]
+    assert sorted(row[:2] for row in order) == [[unit, key] for unit in range(batch * groups * shares) for key in keys]
+    assert wanted.tolist() == [[batch * shares * 3] * groups]
+    if deterministic:
+        runs, visits, turns = (x.tolist() for x in arguments[11:14])
+        been = [0] * 8  # at each 128 rows, of the first head
+        for run in (run for unit, _, begin, end in order if unit == 0 for run in range(begin, end)):
+            start, length, head, tail = runs[run][:4]
+            for n in range(-(-length // 128)):
+                masked = (-(-length // 128) - 1 - n) * 128
+                masked += tail - head if masked >= head else 0
+                cell = (start + (tail - (n + 1) * 128 if n < (tail - head) // 128 else masked)) // 128
+                assert turns[visits[run] + n] == [been[cell], -1]
+                been[cell] += 1
+        assert min(been) > 0
 
 
 @pytest.mark.parametrize("columns", [64, 128, 256])

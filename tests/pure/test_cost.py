@@ -15,7 +15,7 @@ def workload(tokens: int, ranks: int, **changed) -> Workload:
         "memory": 141 * 10**9,
         "kernel": "triton",
         "waits": False,
-        "adds_in_any_order": False,
+        "tells": False,
     } | changed
     return Workload(plan, batch=1, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128, itemsize=2, **given)
 
@@ -40,13 +40,11 @@ def test_the_choice_is_among_the_least_predictions_the_smallest(tokens, ranks):
         assert choose_executor(named, load).executor == named
 
 
-def test_launches_go_on_beside_each_other_where_they_are_short_and_may():
-    documents = make_plan("balanced", 16384, 2, causal=True, cu_seqlens=packed("log-normal", 16384))
-    hopper = {"kernel": "hopper", "waits": True, "adds_in_any_order": True}
-    short, long = workload(2048, 2, **hopper), workload(32768, 2, **hopper)
-    for load, expected in ((short, True), (long, False), (long._replace(plan=documents), True)):
-        assert choose_executor("auto", load).schedule.beside == expected
-        assert not choose_executor("auto", load._replace(adds_in_any_order=False)).schedule.beside
+def test_one_launch_where_the_kernel_waits_and_tells():
+    for tokens in (2048, 8192, 32768):
+        load = workload(tokens, 2, kernel="hopper", waits=True, tells=True)
+        assert choose_executor("auto", load).schedule[:2] == (True, True)
+        assert not choose_executor("auto", load._replace(tells=False)).schedule.at_once
 
 
 def test_the_longest_tile_of_a_backward():

@@ -2,30 +2,28 @@
 
 import doctest
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 
-MODULES = [
-    "ringattn.agreement",
-    "ringattn.balance",
-    "ringattn.context",
-    "ringattn.documents",
-    "ringattn.kernels.aten",
-    "ringattn.kernels.merge",
-    "ringattn.kernels.segments",
-    "ringattn.kernels.tiles",
-    "ringattn.kernels.turns",
-    "ringattn.launch.packing",
-    "ringattn.layout",
-    "ringattn.mask",
-    "ringattn.pieces",
-    "ringattn.plan",
-]
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"ringattn": "ringattn", "kernels": "ringattn.kernels", "launch": "ringattn.launch"}
+MODULES = sorted(
+    ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts))
+    for folder, package in FOLDERS.items()
+    for path in (ROOT / folder).rglob("*.py")
+    if re.search(r"^\s+>>> ", path.read_text(), re.MULTILINE)
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
-    module = importlib.import_module(name)
-    result = doctest.testmod(module, extraglobs=vars(importlib.import_module("ringattn.kernels.segments")))
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"needs {error.name}")
+    given = {name: vars(importlib.import_module(f"ringattn.kernels.{name}")) for name in ("segments", "tiles")}
+    result = doctest.testmod(module, extraglobs=given["segments"] | given["tiles"] | vars(module))
     assert result.attempted > 0
     assert result.failed == 0

@@ -26,7 +26,6 @@ EXECUTORS = {
     "gather by head groups": (gather, Schedule(halves=False, head_groups=3)),
     "pull": (pull, Schedule()),
     "pull, own keys at once": (pull, Schedule(halves=False)),
-    "pull, own keys beside": (pull, Schedule(beside=True)),
 }
 
 
@@ -41,7 +40,6 @@ def across_ranks(
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
         out, lse = module.forward(call, q, k, v)
         grads = module.backward(call, dout, q, k, v, out, lse, None)
-        assert transport.parted == (module is pull and schedule.beside)
         return Result(out, *(grad.to(q.dtype) for grad in grads))
 
     parts = simulate(plan.ranks, work, network)
@@ -233,7 +231,7 @@ def test_memory_keeps_to_what_is_foretold(executor, ranks):
         return buffers.nbytes + sum(region.numel() for region in transport.regions)
 
     shape = 1, heads, heads, head_dim, head_dim, 4
-    load = Workload(plan, "reference", *shape, same_node=True, waits=False, adds_in_any_order=True, memory=1)
+    load = Workload(plan, "reference", *shape, same_node=True, waits=False, tells=False, memory=1)
     name = module.__name__.split(".")[-1]
     way = name, schedule._replace(halves=True)
     foretold = next(x.memory for x in predict(load) if (x.executor, x.schedule._replace(replay=False)) == way)

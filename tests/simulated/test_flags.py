@@ -1,4 +1,5 @@
-"""pull in one launch that looks itself which keys have come: each is read after its flag, in any order of arrival."""
+"""pull in one launch that looks itself which keys have come: each is read after its flag, in any order of arrival; and
+gradients leave when it tells."""
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch.nn.functional import pad
 from ringattn.executors import pull
 from ringattn.executors.call import Buffers, Call, Schedule
 from ringattn.kernels.reference import ReferenceKernel
-from ringattn.launch.oracle import Case, exact, make_inputs
+from ringattn.launch.oracle import Case, Result, exact, make_inputs
 from ringattn.layout import LAYOUTS
 from ringattn.plan import make_plan
 from ringattn.sinks import seen_by_sinks
@@ -17,37 +18,59 @@ BLOCK = 4
 
 
 class Patient(ReferenceKernel):
-    """Waits for every (source, head) that it is about to read, head by head; reads whole blocks."""
+    """Waits for every (source, head) that it is about to read, head by head; reads whole blocks. It tells of gradients,
+    unless it keeps that to itself."""
 
     waits = True
 
-    def __init__(self, rank, transport, hasty=False):
-        self.rank, self.transport, self.hasty = rank, transport, hasty
+    def __init__(self, rank, transport, hasty=False, silent=False):
+        self.rank, self.transport, self.hasty, self.silent = rank, transport, hasty, silent
 
-    def forward(self, q, k, v, segments, *, arrival=None, running=None, **options):
-        assert arrival is not None
+    def arrived(self, k, v, segments, arrival, blocks):
+        """Keys and values of a head after the other, on the axis of slots; what is not read of them is zero."""
         slot, flags = arrival.slot, arrival.flags
         sources = sorted({segment.k_start // slot - 1 for segment in segments if segment.k_start >= slot})
         k, v = (pad(x, (0, 0, 0, 0, 0, slot - x.shape[1])) for x in (k, v))
         read = torch.zeros(slot + arrival.v.shape[1], 1, 1, dtype=torch.bool)
-        for segment in segments:  # masked values are multiplied by zero, up to the end of a block
-            read[segment.k_start : segment.k_start - segment.k_len // -BLOCK * BLOCK] = True
-        outs, lses = [], []
-        ratio = q.shape[2] // k.shape[2]
+        for segment in segments:  # what is masked is multiplied by zero, up to the end of a block
+            read[blocks(segment)] = True
         for g in range(k.shape[2]):
 
             def here(flag=g * flags.shape[1] // k.shape[2]):
                 return all(flags[source, flag] >= arrival.epoch for source in sources)
 
             self.transport.clock.wait(self.rank, (lambda: True) if self.hasty else here, lambda: "flags")
-            heads, group = slice(g * ratio, (g + 1) * ratio), slice(g, g + 1)
-            keys, values = (torch.cat(x, 1)[:, :, group] for x in ((k, arrival.k), (v, arrival.v)))
-            values = values.where(read, 0.0)
+            yield tuple(torch.cat(x, 1)[:, :, g : g + 1].where(read, 0.0) for x in ((k, arrival.k), (v, arrival.v)))
+
+    def forward(self, q, k, v, segments, *, arrival=None, running=None, **options):
+        assert arrival is not None
+        outs, lses = [], []
+        ratio = q.shape[2] // k.shape[2]
+
+        def blocks(segment):
+            return slice(segment.k_start, segment.k_start - segment.k_len // -BLOCK * BLOCK)
+
+        for g, (k_g, v_g) in enumerate(self.arrived(k, v, segments, arrival, blocks)):
+            heads = slice(g * ratio, (g + 1) * ratio)
             seen = running and (running[0][:, :, heads], running[1][:, heads])
-            out, lse = super().forward(q[:, :, heads], keys, values, segments, running=seen, **options)
+            out, lse = super().forward(q[:, :, heads], k_g, v_g, segments, running=seen, **options)
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs, 2), torch.cat(lses, 1)
+
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, arrival=None, departure=None, **options):
+        assert arrival is not None
+        assert departure is not None
+
+        def blocks(segment):  # as keys are cut in tiles
+            end = segment.k_start + segment.k_len
+            return slice(segment.k_start // BLOCK * BLOCK, -(-end // BLOCK) * BLOCK)
+
+        k, v = (torch.cat(x, 2) for x in zip(*self.arrived(k, v, segments, arrival, blocks), strict=True))
+        grads = super().backward(dout, q, k, v, out, lse, delta, segments, **options)
+        if not self.silent:
+            departure.words.copy_(arrival.epoch)
+        return grads
 
 
 @pytest.fixture(autouse=True)
@@ -55,23 +78,26 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pull, "BLOCK", BLOCK)
 
 
-def attend(plan, case, inputs, network, calls=1, hasty=False, groups=2, sinks=None):
+def attend(plan, case, inputs, network, calls=1, groups=2, sinks=None, **manners):
     def work(rank, transport):
-        kernel = Patient(rank, transport, hasty)
-        schedule = Schedule(flags=True, head_groups=groups)
+        kernel = Patient(rank, transport, **manners)
+        schedule = Schedule(flags=True, at_once=True, head_groups=groups)
         call = Call(plan, rank, kernel, case.head_dim**-0.5, transport, Buffers(), transport, schedule)
-        q, k, v, _ = (plan.layout.shard(x, rank, 1) for x in inputs)
+        q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
         for number in range(calls):  # earlier calls have other keys, and leave them in memory
             running = None if sinks is None else seen_by_sinks(sinks, q, v)
-            out, _ = pull.forward(call, q, k + (calls - 1 - number), v - (calls - 1 - number), running)
+            keys = k + (calls - 1 - number), v - (calls - 1 - number)
+            out, lse = pull.forward(call, q, *keys, running)
+            grads = pull.backward(call, dout, q, *keys, out, lse, None)
             if number == 0:  # and all sorts of things may be there
                 transport.barrier()
                 for index in range(2):
                     transport.region(rank, index).fill_(0xFF)
                 transport.barrier()
-        return out
+        return out, *grads
 
-    return plan.layout.unshard(simulate(plan.ranks, work, network), 1)
+    parts = simulate(plan.ranks, work, network)
+    return Result(*(plan.layout.unshard(shards, 1) for shards in zip(*parts, strict=True)))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -81,10 +107,11 @@ def test_equal_to_one_rank_in_any_order_of_arrival(layout, ranks):
         case = Case(2 * ranks * BLOCK * 3 + (not causal), 2, 8, 4, 8, causal)
         plan = make_plan(layout, case.seq_len, ranks, causal=causal)
         inputs = make_inputs(case, 0)
-        right = exact(case, inputs).out
+        right = exact(case, inputs)
         for seed in range(4):
-            got = attend(plan, case, inputs, Network(seed, spread=100), calls=3, groups=(1, 2, 4)[seed % 3])
-            torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+            found = attend(plan, case, inputs, Network(seed, spread=100), calls=3, groups=(1, 2, 4)[seed % 3])
+            for got, expected in zip(found, right, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,11 +125,22 @@ def test_sinks_windows_and_documents_of_any_length(layout):
         running = seen_by_sinks(sinks, inputs.q, inputs.v)
         right, _ = ReferenceKernel().forward(*inputs[:3], whole, scale=case.head_dim**-0.5, running=running)
         got = attend(plan, case, inputs, Network(seed, spread=100), calls=3, sinks=sinks)
-        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got.out, right, rtol=1e-12, atol=1e-12)
+        got = attend(plan, case, inputs, Network(seed, spread=100), calls=3)
+        for x, expected in zip(got, exact(case, inputs), strict=True):
+            torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_kernel_that_does_not_wait_is_found_out():
     case = Case(48, 1, 2, 2, 8)
     plan = make_plan("zigzag", 48, 2, causal=True)
     inputs = make_inputs(case, 0)
-    assert attend(plan, case, inputs, Network(spread=100), hasty=True).isnan().any()
+    found = attend(plan, case, inputs, Network(spread=100), hasty=True)
+    assert all(x.isnan().any() for x in (found.out, found.dq))
+
+
+def test_gradients_do_not_leave_before_the_kernel_tells():
+    case = Case(48, 1, 2, 2, 8)
+    plan = make_plan("zigzag", 48, 2, causal=True)
+    with pytest.raises(AssertionError, match="nobody sets the words"):
+        attend(plan, case, make_inputs(case, 0), Network(), silent=True)
