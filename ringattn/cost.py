@@ -29,6 +29,7 @@ from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, START, K
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
 RAGGED = 0.06  # of the longest tile of a backward
+LEFT = 0.03  # of a launch, when it has done all that leaves
 TILE, PROCESSORS = 128, 132  # query rows, or keys, that a program works on at a time, and programs
 LONGEST = 1.5  # how much longer than the mean the tiles take that come first
 ROOM = 132 / 126  # how much longer a forward takes that leaves multiprocessors to messages
@@ -246,9 +247,10 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         early = own / 4 if schedule.halves else 0.0
         prepared = load.merge(rank)
         late = max(0.0, come - prepared)
-        if schedule.at_once:
-            taken = beside(load.launched(rank, own + remote), late + home, "copy engine")
-            taken += 2 * COPY * schedule.head_groups
+        if schedule.at_once:  # gradients of the last heads leave when others have little left to do
+            launched = load.launched(rank, own + remote)
+            taken = beside(launched, late + home, "copy engine") + 2 * COPY * schedule.head_groups
+            taken += max(0.0, home / schedule.head_groups - LEFT * launched)
         else:
             taken = beside(load.launched(rank, early), late, "copy engine") + load.launched(rank, remote)
             taken += beside(load.launched(rank, own - early), home, "copy engine")

@@ -113,6 +113,29 @@ def test_bit_equal_from_run_to_run():
     assert first[0] == first[1]
 
 
+def in_a_new_thread(rank: int) -> bool:
+    """Whether a thread that has not used CUDA computes the same as this one, which is there for the second time."""
+    case = BIT_EQUAL[1]
+    q, k, v, _ = make_inputs(case, 0, "cuda")
+    cp = ringattn.ContextParallel(executor="pull")
+
+    def attend() -> torch.Tensor:
+        torch.cuda.set_device(rank)
+        return cp.attention(*shards, causal=case.causal)
+
+    with torch.no_grad():
+        shards = [cp.shard(x) for x in (q, k, v)]
+        first, second = attend(), attend()
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        third = pool.submit(attend).result()
+    return torch.equal(first, second) and torch.equal(first, third)
+
+
+def test_in_a_thread_that_has_not_used_cuda():
+    assert all(run_ranks(GPUS, in_a_new_thread, backend="nccl", timeout=60))
+
+
 SCHEDULES = [
     Schedule(flags=flags, head_groups=groups, **way)
     for flags, groups in ((False, 1), (True, 2))
