@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
-from operator import itemgetter
-from statistics import fmean, median
-from typing import Any
+from statistics import fmean, harmonic_mean, median
+from typing import Any, NamedTuple
 
 from ringattn.kernels.registry import KERNELS
 
@@ -112,7 +111,7 @@ class Contest:
         ahead = [ms for found in rounds for ms in found["ahead"]]
         synchronised = [ms for found in rounds for ms in found["synchronised"]]
         middle, ranks = median(ahead), self.crew.size
-        alone, one_gpu_mhz, kernel, each_alone = alone_on_a_gpu(which, answers)
+        alone = alone_on_a_gpu(which, answers) or Alone()
         share = self.share(each, which, answers)
         return (
             {"impl": each.name}
@@ -125,12 +124,12 @@ class Contest:
                 "synchronised_ms": median(synchronised),
                 "exposed_ms": share and middle - share,
                 "tflops_per_gpu": 1e3 * tera_operations(self.case, which) / middle / ranks,
-                "efficiency": alone and alone / (ranks * middle),
+                "efficiency": alone.ms and alone.ms / (ranks * middle),
                 "clock_mhz": clock(rounds),
-                "one_gpu_ms": alone,
-                "one_gpu_ms_each": each_alone,
-                "one_gpu_clock_mhz": one_gpu_mhz,
-                "one_gpu_impl": kernel and f"ringattn-{kernel}",
+                "one_gpu_ms": alone.ms,
+                "one_gpu_ms_each": alone.each,
+                "one_gpu_clock_mhz": alone.mhz,
+                "one_gpu_impl": alone.kernel and f"ringattn-{alone.kernel}",
                 "ranks": ranks,
                 "kernel": each.kernel,
                 "peak_memory_gib": rounds[0]["gib"],
@@ -146,7 +145,7 @@ class Contest:
         turn = next((turn for turn in references(each, which) if turn[0] != "time_alone"), None)
         if turn not in answers:
             return None
-        ms, _ = of_ranks(answers[turn], max)
+        ms = max(ms for ms, _ in each_rank(answers[turn]))
         return ms if turn[0] == "time_share" else ms * busiest(each.local, self.case, self.crew.size)
 
 
@@ -158,31 +157,36 @@ def references(each: Across, which: str) -> list[Turn]:
     return [("time_alone", each.kernel, which), share]
 
 
-def alone_on_a_gpu(which: str, answers: Answers) -> tuple[float | None, float | None, str | None, list[float] | None]:
-    """The fastest GPU's time for the whole sequence, its clock, the fastest of our kernels, and every GPU's time with
-    that, since GPUs of a kind differ by some percent; None if none was timed."""
-    known = {
-        turn[1]: of_ranks(found, min) for turn, found in answers.items() if (turn[0], turn[2]) == ("time_alone", which)
-    }
-    best = min(known, key=lambda kernel: known[kernel][0], default=None)
-    if best is None:
-        return None, None, None, None
-    return *known[best], best, [ms for ms, _ in each_rank(answers["time_alone", best, which])]
+class Alone(NamedTuple):
+    """One GPU's time for the whole sequence with the fastest of our kernels, if any was timed: the harmonic mean of all
+    GPUs', the mean of their clocks, and every GPU's time."""
+
+    ms: float | None = None
+    mhz: float | None = None
+    kernel: str | None = None
+    each: list[float] | None = None
 
 
-def of_ranks(rounds: list[list[Figures]], over: Callable[..., tuple]) -> tuple[float, float | None]:
-    """The median on each rank, `over` all ranks, and that one's clock.
-
-    Example:
-        >>> one, other = {"ahead": [1.0, 2.0], "mhz": 9.0}, {"ahead": [5.0], "mhz": None}
-        >>> of_ranks([[one, other], [one, other]], min), of_ranks([[one, other]], max)
-        ((1.5, 9.0), (5.0, None))
-    """
-    return over(each_rank(rounds), key=itemgetter(0))
+def alone_on_a_gpu(which: str, answers: Answers) -> Alone | None:
+    """GPUs of a kind differ by some percent, and P of them wait for the slowest. What they would do if nobody waited is
+    the sum of what each does alone."""
+    known = []
+    for (what, kernel, passes), rounds in answers.items():
+        if (what, passes) == ("time_alone", which):
+            each, clocks = zip(*each_rank(rounds), strict=True)
+            clocks = [mhz for mhz in clocks if mhz is not None]
+            known.append(Alone(harmonic_mean(each), fmean(clocks) if clocks else None, kernel, list(each)))
+    return min(known, key=lambda alone: alone.ms, default=None)
 
 
 def each_rank(rounds: list[list[Figures]]) -> list[tuple[float, float | None]]:
-    """The median of each rank, and its clock."""
+    """The median of each rank, and its clock.
+
+    Example:
+        >>> one, other = {"ahead": [1.0, 2.0], "mhz": 9.0}, {"ahead": [5.0], "mhz": None}
+        >>> each_rank([[one, other], [one, other]])
+        [(1.5, 9.0), (5.0, None)]
+    """
     ranks = zip(*rounds, strict=True)
     return [(median(ms for found in rank for ms in found["ahead"]), clock(rank)) for rank in ranks]
 

@@ -4,7 +4,8 @@ Every rank holds what it computes against fp64 before anything is timed. Then al
 shuffled order. A figure is the slowest rank's time; the median is over windows of steps that the host issues without
 waiting, and `synchronised_ms` is the same with a wait after each step. With P ranks:
 
-    efficiency  = one GPU's time for the whole sequence with the fastest of our kernels / (P x median_ms)
+    efficiency  = one GPU's time for the whole sequence with the fastest of our kernels / (P x median_ms), where one
+                  GPU's time is the harmonic mean of all P GPUs', so that whoever loses nothing has 1
     exposed_ms  = median_ms - the slowest rank's time for its share of the work when all that it needs is there
 """
 
@@ -27,6 +28,8 @@ from .timing import Deadline, Meter
 __all__ = ["ScalingBench", "measure"]
 
 TOKENS = {"cuda": (2048, 8192, 32768), "cpu": (64,)}  # on each rank
+
+COMPILING = 20.0  # seconds that anybody may need before the first answer
 
 
 @dataclass(kw_only=True)
@@ -55,7 +58,10 @@ def run(settings: ScalingBench, place: Place) -> Iterator[list[dict[str, Any]]]:
 def measure(entrants: list[Across], settings: ScalingBench, place: Place) -> Iterator[list[dict[str, Any]]]:
     """For each case, a record for every implementation and pass that gave a right result in time."""
     common = circumstances(place.size) | {"bench": settings.bench}
-    crew = make_crew(place, place.size, settings.patience)
+    patience = settings.patience
+    if settings.deadline is not None:  # so that one who does not answer leaves the others time
+        patience = min(patience, max(settings.deadline / 2, COMPILING))
+    crew = make_crew(place, place.size, patience)
     meter, deadline = Meter(settings.budget_ms, settings.ahead), Deadline(settings.deadline)
     try:
         for case in settings.sequences(place.device, place.size, TOKENS):
