@@ -12,7 +12,7 @@ Where every piece has a program of its own (`queue`), the GPU starts the next on
 begins with long pieces when the others are nearly done holds up the end, with packed documents by a quarter of the
 time. There sections are wider, or the short pieces of all sections wait until all long ones have started. Elsewhere
 they do not, because then more heads are walked at once than the L2 cache holds, which takes a few percent. What some
-pieces make has still to travel when they are done; where that would hold up the end, those come first in a section.
+pieces make has still to travel when they are done; those come first in a section, unless then the end is later.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class HopperKernel(TritonKernel):
 
     name = "hopper"
     caps_scores = False
-    waits = True  # forward takes an `Arrival`
+    waits = True  # forward takes an `Arrival`; see also `tells`
     yields = True  # forward takes a `margin`
 
     def __init__(self, deterministic: bool | None = None):
@@ -96,7 +96,8 @@ class HopperKernel(TritonKernel):
         """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at.
 
         With `arrival` and `departure`, dk and dv begin with zeros and count keys in slots as well, [B, slot + M, G, D];
-        what follows from keys that have not come in time is NaN."""
+        what lies in a slot behind the last key that is seen is not written, and what follows from keys that have not
+        come in time is NaN."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         how = self.in_order, out_dtype, pieces, arrival, departure

@@ -253,7 +253,7 @@ def key_gradients(
     i_b, i_g, _, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
     put(dv, b_dv, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
     put(dk, b_dk * scale, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
-    if WAIT:
+    if WAIT:  # one lane stores by TMA, waits for that, and arrives
         reduced()
         mbarrier.arrive(stored, count=1)
 

@@ -19,7 +19,7 @@ from .hopper_prepare import PIECES, prepare_kernel
 from .hopper_tile import LOG2E
 from .interface import Arrival, Departure
 from .launching import Constants, launch
-from .segments import NO_WINDOW, Segments
+from .segments import Segments
 from .tiles import Work, key_tiles, to_device
 from .triton_arguments import addressable, block_width, strides
 from .triton_launch import positive, section
@@ -77,7 +77,8 @@ def backward(
     group, units = heads // groups, batch * groups
     scale = positive(scale)
     width = max(NARROWEST, block_width(max(d, e)))
-    work, longest, blocks = segments.derive((lower, keys), lambda s: lower(s, keys))
+    far = None if arrival is None else (arrival.slot, k.shape[1])
+    work, longest, blocks = segments.derive((lower, keys, far), lambda s: lower(s, keys, far))
     running = dk is not None or dv is not None
     tiles = work.busy if running else work.tiles.shape[0]
     shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
@@ -85,10 +86,10 @@ def backward(
     reread = min(rows, longest * BLOCK) * group * ((d + e) * q.element_size() + 4 * d)  # bytes of q, dout and dq
     side = shares * side_by_side(units, reread, least)
     shape = tiles, units * shares, side, processors(q.device)
-    far = arrival and (arrival.slot, *arrival.flags.shape, groups, shares)
+    told = None if arrival is None else (arrival.slot, *arrival.flags.shape, batch, groups, shares)
     order, runs, wanted, *turns = segments.derive(
-        (backward, keys, *shape, far, deterministic, q.device),
-        lambda _: placed(work, shape, group // shares, far, deterministic, q.device),
+        (backward, keys, *shape, told, deterministic, q.device),
+        lambda _: placed(work, shape, group // shares, told, deterministic, q.device),
     )
     onto = running or shares > 1
     if pieces is None:
@@ -158,20 +159,28 @@ class Lowered(NamedTuple):
     blocks: int
 
 
-def lower(segments: Segments, keys: int) -> Lowered:
+def lower(segments: Segments, keys: int, far: tuple[int, int] | None = None) -> Lowered:
     """In the tile that reaches past the end no block counts as seen whole, so that those keys have a mask which are not
-    there: they are zeros, and P of a zero need not be finite."""
+    there: they are zeros, and P of a zero need not be finite. `far`: keys are in slots so long, and so many are in the
+    first; tiles behind these, and behind the last key that is seen of another slot, are left out."""
     work = key_tiles(segments, keys, KEYS, BLOCK)
     for key0, begin, end in work.tiles.tolist():
         if key0 + KEYS > keys:
             work.runs[begin:end, 3] = work.runs[begin:end, 2]
+    if far is not None:
+        slot, own = far
+        first = work.tiles[:, 0].numpy()
+        last = np.full(-(-keys // slot), -1)
+        np.maximum.at(last, first[: work.busy] // slot, first[: work.busy])
+        last[0] = own - 1
+        work = work._replace(tiles=work.tiles[torch.from_numpy(first <= last[first // slot])])
     blocks = work.blocks(BLOCK)
     return Lowered(work, int(blocks.max(initial=0)), int(blocks.sum()))
 
 
 class Placed(NamedTuple):
-    """Tables on the device: who does what, in this order; the runs; `programs_of` each flag, if there are any; turns,
-    if there are any."""
+    """Tables on the device: who does what, in this order; the runs; how many programs have each flag, int32 [sources,
+    flags], if there are any; turns, if there are any."""
 
     order: Tensor
     runs: Tensor
@@ -184,19 +193,21 @@ def placed(
     work: Work,
     shape: tuple[int, int, int, int],
     share: int,
-    far: tuple[int, ...] | None,
+    told: tuple[int, ...] | None,
     ordered: bool,
     device: torch.device,
 ) -> Placed:
-    """What a launch of programs that take so many heads each reads; far: the slot, sources, flags, key/value heads and
-    programs for each of these, where keys are on their way."""
-    leaving, travel = NO_WINDOW, 0.0
-    if far is not None:
-        leaving, _, flags, groups, _ = far
-        away = int(np.count_nonzero(work.tiles[:, 0].numpy() >= leaving))
-        travel = TRAVEL * away * groups / flags / share  # of the last heads' gradients
-    queued = queue(work, BLOCK, *shape, BEGINNING / share, leaving, travel)
-    wanted = None if far is None else to_device(programs_of(queued.pieces, *far), device)
+    """What a launch reads, of programs that take so many heads each. `told`: the slot, sources, flags, sequences,
+    key/value heads and programs for each of these, where keys are on their way."""
+    if told is None:
+        wanted, queued = None, queue(work, BLOCK, *shape, BEGINNING / share)
+    else:
+        slot, sources, flags, batch, groups, shares = told
+        tiles = torch.bincount(work.tiles[:, 0] // slot, minlength=sources + 1)[1:, None]
+        wanted = to_device((tiles * (batch * groups * shares // flags)).int().repeat(1, flags), device)
+        travel = TRAVEL * int(tiles.sum()) * batch * groups / flags / share  # of the last heads' gradients
+        queued = queue(work, BLOCK, *shape, BEGINNING / share, slot, travel)
+        queued.pieces[:, 0] = by_flag(flags, batch, groups, shares)[queued.pieces[:, 0].long()]
     runs = to_device(work.runs, device)
     turns = Turns(runs, runs)  # not read
     if ordered:
@@ -204,19 +215,15 @@ def placed(
     return Placed(to_device(queued.pieces, device), runs, wanted, *turns)
 
 
-def programs_of(order: Tensor, slot: int, sources: int, flags: int, groups: int, shares: int) -> Tensor:
-    """How many programs have each flag, int32 [sources, flags]: those whose keys are in the slot of a source, and whose
-    head is among those that share it.
+def by_flag(flags: int, batch: int, groups: int, shares: int) -> Tensor:
+    """Programs of a tile, counted through sequences and heads, one flag's after the other's: of all sequences.
 
-    Example (two heads with a flag each, two sources; keys in slots of 4):
-        >>> order = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 1], [0, 4, 1, 2], [1, 4, 1, 2], [1, 8, 2, 3]])
-        >>> programs_of(order, 4, 2, 2, 2, 1).tolist()
-        [[1, 1], [0, 1]]
+    Example:
+        >>> by_flag(2, 2, 2, 1).tolist()
+        [0, 2, 1, 3]
     """
-    head, key = order[:, 0].numpy() // shares % groups, order[:, 1].numpy()
-    flag = (key // slot - 1) * flags + head // (groups // flags)
-    counted = np.bincount(flag[key >= slot], minlength=sources * flags)
-    return torch.from_numpy(counted.astype(np.int32)).view(sources, flags)
+    units = torch.arange(batch * groups * shares, dtype=torch.int32)
+    return units.view(batch, flags, -1).transpose(0, 1).reshape(-1)
 
 
 def waited(arrival: Arrival, departure: Departure, wanted: Tensor | None, width: int) -> tuple:
@@ -270,7 +277,6 @@ def begin(
     if dq is None:
         zeros = torch.empty(batch, heads, rows, d, dtype=torch.float32, device=q.device)
         dq = zeros.transpose(1, 2)
-    places(rows, q.device)  # made now, before launches begin that may run side by side
     dout, out = (None, None) if product is None else map(addressable, product)
     launch(
         prepare_kernel,

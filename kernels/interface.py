@@ -61,15 +61,16 @@ class Part(NamedTuple):
 
 class Arrival(NamedTuple):
     """Keys and values that arrive while the kernel runs: it reads those of a source only once their flag has come. Only
-    a kernel that says so in `waits` takes this.
+    a kernel that says so takes this: in `waits` that its forward does, in `tells` that its backward does.
 
     Segments count keys in slots: the first holds the keys that the kernel is called with, the others these.
     k, v: [B, sources * slot, G, D] and [B, sources * slot, G, E].
     flags: int32 [sources, F], on the device, F a divisor of G: of every source the first G / F heads have a flag, and
         so on. They are there as soon as it has reached `epoch` (int32 [1], on the device; may wrap around).
     patience_ns: how long to wait for one flag. When it is over, `error` (int32 [1]), which must hold 0, becomes one
-        more than the flag's place in `flags`, no flag is waited for any longer, and all of out and lse that is computed
-        from then on is NaN. So it is if `error` does not hold 0 to begin with.
+        more than the flag's place in `flags`, no flag is waited for any longer, and what is computed from then on is
+        NaN: all of out and lse; of gradients what follows from these keys. So it is if `error` does not hold 0 to begin
+        with.
     """
 
     k: Tensor

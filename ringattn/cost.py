@@ -267,9 +267,9 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         schedule = schedule._replace(replay=True)
         issued = issued_back = HOST["replay"]
     slot = slot_of(plan) if schedule.flags else None
-    longest = max(remote_axis(plan, rank, slot).length for rank in ranks)
+    longest = max(remote_axis(plan, rank, slot).length for rank in ranks)  # of which gradients are computed here
     most = max(sum(span(plan, rank, s)[1] for rank in ranks if rank != s) for s in ranks)
-    memory = 2 * longest * load.token_bytes + most * load.gradient_bytes
+    memory = 2 * longest * load.token_bytes + (longest + most) * load.gradient_bytes
     return Prediction("pull", schedule, max(forward, issued), max(backward, issued_back), memory)
 
 

@@ -23,6 +23,7 @@ from ringattn.kernels.registry import choose_kernel
 from ringattn.mask import Mask
 from ringattn.plan import Plan, plan_of
 from ringattn.ranks import Ranks, ranks_named
+from ringattn.replay import with_room_for_branches
 from ringattn.transport.symmetric import node
 from ringattn.version import __version__
 
@@ -91,7 +92,7 @@ def prepare(
         transports = ranks.transport, ranks.buffers, ranks.symmetric
         known = (
             EXECUTORS[choice.executor],
-            Call(plan, ranks.rank, kernel, settings.scale, *transports, choice.schedule),
+            Call(plan, ranks.rank, kernel, settings.scale, *transports, with_room_for_branches(choice.schedule)),
         )
         if len(ranks.agreed) == KNOWN:
             del ranks.agreed[next(iter(ranks.agreed))]  # the one that was not used for the longest time, on every rank

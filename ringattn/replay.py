@@ -9,14 +9,15 @@ kernel's are: it is the same work.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ringattn.executors.call import Call
+from ringattn.executors.call import Call, Schedule
 
-__all__ = ["replayed"]
+__all__ = ["replayed", "with_room_for_branches"]
 
 MOST = 512  # addresses that a call remembers: layers, times forward and backward
 
@@ -35,3 +36,10 @@ def replayed(call: Call, tensors: Sequence[Tensor], work: Callable[[], object]) 
         if len(call.replays) < MOST:
             call.replays[place] = None
         work()
+
+
+def with_room_for_branches(schedule: Schedule) -> Schedule:
+    """Nothing is recorded where copies wait for a launch and CUDA has one queue for everything: branches of a graph
+    come in any order, and in one queue the launch could come behind those who wait for it."""
+    alone = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+    return schedule._replace(replay=schedule.replay and not (alone and schedule.at_once))

@@ -141,10 +141,14 @@ class Map:
         return Mark(self.symmetric.words(rank)[row, self.call.rank : self.call.rank + 1])
 
     def table_of(self, rank: int, row: int) -> Tensor:
-        """Words of a rank, [sources, groups], in the order of its axis."""
+        """Words of a rank, [sources, groups], in the order of its axis. One, two, four and eight groups have places of
+        their own: while a slow source still sends to this rank in one call, another one may begin the next call, with
+        other groups, and its flag must not be taken for the slow one's."""
         sources = self.call.plan.ranks - 1
-        assert sources * self.groups <= WORDS
-        return self.symmetric.words(rank)[row, : sources * self.groups].view(sources, self.groups)
+        each = -(-sources // 4) * 4  # tables begin at multiples of 16 bytes
+        place = slice(each * (self.groups - 1), each * (self.groups - 1) + sources * self.groups)
+        assert place.stop <= WORDS
+        return self.symmetric.words(rank)[row, place].view(sources, self.groups)
 
     def departing(self) -> tuple[Step, ...]:
         """Own keys and values to who looks at them."""
@@ -293,7 +297,7 @@ def backward(
     work = Backward(call, dout, q, k, v, out, lse, dlse)
     if call.schedule.at_once:
         grads = work.all_keys(there.segments, there.arrival(), Departure(there.done, there.counts))
-        symmetric.follow(there.returns, (*grads, work.running["dq"]))  # all that is still written to is held
+        symmetric.follow(there.returns, grads)
     else:
         work.own_keys(work.first)
         symmetric.hear(KEYS, there.poison)

@@ -7,6 +7,7 @@ reader that does not wait is, too. Messages can be lost, ranks can die, and byte
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,11 +90,17 @@ class SimulatedTransport:
         self.patience = int(network.deadline * 1e9)
         self.late = torch.zeros(1, dtype=torch.int32)
 
-    def travel(self, sender: int, receiver: int, nbytes: int, arrive: Callable[[], None], after: float = 0.0) -> float:
-        """Has `arrive` happen when so many bytes have come from one rank to the other; returns when."""
+    def travel(
+        self, sender: int, receiver: int, nbytes: int | None, arrive: Callable[[], None], after: float = 0.0
+    ) -> float:
+        """Has `arrive` happen when so many bytes have come from one rank to the other, or, if it is None, right behind
+        what comes before; returns when."""
         network, clock = self.network, self.clock
-        duration = (network.latency + nbytes / network.bandwidth) * clock.random.uniform(1, network.spread)
-        time = max(clock.now[self.rank], after) + duration
+        if nbytes is None:
+            nbytes, time = 0, math.nextafter(max(clock.now[self.rank], after), math.inf)
+        else:
+            duration = (network.latency + nbytes / network.bandwidth) * clock.random.uniform(1, network.spread)
+            time = max(clock.now[self.rank], after) + duration
         if sender != receiver:
             network.bytes_sent[sender, receiver] += nbytes
         if network.lost.get((sender, receiver), 0) > 0:
@@ -212,7 +219,7 @@ class SimulatedTransport:
             if isinstance(put, Mark):
                 mark, count = put.words, self.calls
                 fill = self.filling(mark, torch.tensor(count))
-                self.last = self.travel(self.rank, self.owner(mark), 0, fill, after=self.last)
+                self.last = self.travel(self.rank, self.owner(mark), None, fill, after=self.last)
                 continue
             source = tensors[put.number][put.part]
             contiguous(*put.destination, *source)

@@ -5,8 +5,9 @@
     follow      the same, where that stream waits for words which a kernel under way sets
     hear        a kernel of one warp looks at words of this rank's, until the deadline (`await_kernel.py`)
 
-Words only count up and are never reset. Nothing else here waits for another rank once the memory is mapped. A copy
-within one GPU would run on its multiprocessors, so nothing is copied that stays here.
+Words hold the number of a call and are never reset, but for those that a kernel counts in. Nothing else here waits for
+another rank once the memory is mapped. A copy within one GPU would run on its multiprocessors, so nothing is copied
+that stays here.
 Source: torch.distributed._symmetric_memory, which maps the memory.
 """
 

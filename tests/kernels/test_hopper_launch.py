@@ -65,12 +65,12 @@ def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pyt
 
     launches = []
     monkeypatch.setattr(hopper_backward_launch, "launch", lambda *arguments: launches.append(arguments))
-    own, slot, far = 1000, 1152, 300
+    own, slot, far = 1000, 1280, 1280 + 300  # of two sources, the first of which has 200 keys
     q, dout = torch.empty(2, batch, own, heads, 128, dtype=torch.bfloat16)
     k, v, far_k, far_v = (torch.empty(batch, n, groups, 128, dtype=torch.bfloat16) for n in (own, own, far, far))
     lse = delta = torch.empty(batch, heads, own)
-    segments = Segments([Segment(0, own, 0, own, 0), Segment(0, own, slot, far, 0)])
-    words = torch.zeros(1, groups, dtype=torch.int32)
+    segments = Segments([Segment(0, own, start, n, 0) for start, n in ((0, own), (slot, 200), (2 * slot, 300))])
+    words = torch.zeros(2, groups, dtype=torch.int32)
     arrival = Arrival(far_k, far_v, words, words[:1, 0], slot, 1, words[:1, 0])
     inputs = dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic
     _, dk, dv = hopper_backward_launch.backward(*inputs, arrival=arrival, departure=Departure(words, words))
@@ -79,9 +79,10 @@ def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pyt
     assert dict(constants)["WAIT"]
     order, wanted = arguments[10].tolist(), arguments[23]
     assert len(order) == programs
-    keys, shares = range(0, slot + far, 128), heads // groups // dict(constants)["SHARE"]
+    keys, shares = (*range(0, 1024, 128), 1280, 1408, 2560, 2688, 2816), heads // groups // dict(constants)["SHARE"]
     assert sorted(row[:2] for row in order) == [[unit, key] for unit in range(batch * groups * shares) for key in keys]
-    assert wanted.tolist() == [[batch * shares * 3] * groups]
+    assert wanted.tolist() == [[batch * shares * 2] * groups, [batch * shares * 3] * groups]
+    assert [unit // shares % groups for unit, key, *_ in order if key == 0] == sorted([*range(groups)] * batch * shares)
     if deterministic:
         runs, visits, turns = (x.tolist() for x in arguments[11:14])
         been = [0] * 8  # at each 128 rows, of the first head

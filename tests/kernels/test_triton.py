@@ -212,16 +212,18 @@ def test_bit_equal_from_run_to_run(tiling):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("cut", [0, 9])
+@pytest.mark.parametrize("cut", [0, 9, None])
 @pytest.mark.parametrize("stretches", [(), ((0, 21), (3, 11), (20, 21), (5, 5))], ids=str)
 def test_gradients_are_added_up_rounded_and_contiguous(stretches, cut, dtype):
-    """Own ones in two halves, the later one first, and what others have to add, in the same order as without Triton."""
+    """Own ones in two halves, the later one first, or as a part of more, and what others have to add, in the same order
+    as without Triton."""
 
-    def part(start: int, stop: int) -> Part:
-        return Part(slice(start, stop), *(torch.randn(2, stop - start, 3, d, device=DEVICE) for d in (80, 48)))
+    def part(start: int, stop: int, more: int = 0) -> Part:
+        grads = (torch.randn(2, stop - start + more, 3, d, device=DEVICE) for d in (80, 48))
+        return Part(slice(start, stop), *(x[:, : stop - start] for x in grads))
 
     dq = torch.randn(2, 6, 37, 80, device=DEVICE).transpose(1, 2)  # heads before rows
-    own = [part(cut, 21), part(0, cut)] if cut else [part(0, 21)]
+    own = [part(cut, 21), part(0, cut)] if cut else [part(0, 21, more=0 if cut == 0 else 13)]
     parts = [part(*stretch) for stretch in stretches]
     into = tuple(
         torch.empty(2, length, heads, d, dtype=dtype, device=DEVICE)

@@ -1,10 +1,13 @@
 """pull in one launch that looks itself which keys have come: each is read after its flag, in any order of arrival; and
 gradients leave when it tells."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import pad
 
+from ringattn.cost import Workload, predict
 from ringattn.executors import pull
 from ringattn.executors.call import Buffers, Call, Schedule
 from ringattn.kernels.reference import ReferenceKernel
@@ -12,7 +15,9 @@ from ringattn.launch.oracle import Case, Result, exact, make_inputs
 from ringattn.layout import LAYOUTS
 from ringattn.plan import make_plan
 from ringattn.sinks import seen_by_sinks
-from ringattn.transport.simulated import Network, simulate
+from ringattn.transport import simulated
+from ringattn.transport.interface import Await, Put
+from ringattn.transport.simulated import Network, SimulatedTransport, simulate
 
 BLOCK = 4
 
@@ -29,6 +34,8 @@ class Patient(ReferenceKernel):
     def arrived(self, k, v, segments, arrival, blocks):
         """Keys and values of a head after the other, on the axis of slots; what is not read of them is zero."""
         slot, flags = arrival.slot, arrival.flags
+        begun = self.transport.words(self.rank)[pull.KEYS].ge(arrival.epoch)
+        assert begun.sum() == len(self.transport.ends) - 1, "somebody may not have begun"
         sources = sorted({segment.k_start // slot - 1 for segment in segments if segment.k_start >= slot})
         k, v = (pad(x, (0, 0, 0, 0, 0, slot - x.shape[1])) for x in (k, v))
         read = torch.zeros(slot + arrival.v.shape[1], 1, 1, dtype=torch.bool)
@@ -78,6 +85,20 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pull, "BLOCK", BLOCK)
 
 
+def assert_told(there: Any):
+    """Gradients of each source and group of heads leave after the word that tells of these."""
+    heads, word = there.k.shape[2] // there.groups, None
+    for x in there.returns:
+        if isinstance(x, Await):
+            word = x.words
+        elif isinstance(x, Put):
+            part: Any = x.part
+            _, keys, some = part
+            told = there.done[keys.start // there.slot - 1, some.start // heads]
+            assert word is not None
+            assert word.data_ptr() == told.data_ptr()
+
+
 def attend(plan, case, inputs, network, calls=1, groups=2, sinks=None, **manners):
     def work(rank, transport):
         kernel = Patient(rank, transport, **manners)
@@ -89,6 +110,10 @@ def attend(plan, case, inputs, network, calls=1, groups=2, sinks=None, **manners
             keys = k + (calls - 1 - number), v - (calls - 1 - number)
             out, lse = pull.forward(call, q, *keys, running)
             grads = pull.backward(call, dout, q, *keys, out, lse, None)
+            derived: Any = call.derived
+            for (gradients, _), there in derived.items():
+                if gradients:
+                    assert_told(there)
             if number == 0:  # and all sorts of things may be there
                 transport.barrier()
                 for index in range(2):
@@ -144,3 +169,54 @@ def test_gradients_do_not_leave_before_the_kernel_tells():
     plan = make_plan("zigzag", 48, 2, causal=True)
     with pytest.raises(AssertionError, match="nobody sets the words"):
         attend(plan, case, make_inputs(case, 0), Network(), silent=True)
+
+
+def test_a_flag_of_the_next_call_is_not_taken_for_a_slow_one(monkeypatch):
+    """Layers whose heads come in other groups, in turn: keys from rank 2 are slow to come to rank 0, and meanwhile
+    rank 1 begins the next call. Memory holds old numbers, not NaN."""
+    ranks, groups = 3, (4, 2, 4, 1, 4, 2, 1, 2)
+    travel = SimulatedTransport.travel
+
+    def slow(self, sender, receiver, nbytes, arrive, after=0.0):
+        return travel(self, sender, receiver, nbytes and nbytes + 10**9 * ((sender, receiver) == (2, 0)), arrive, after)
+
+    monkeypatch.setattr(SimulatedTransport, "travel", slow)
+    monkeypatch.setattr(simulated, "spoil", lambda tensor: None)
+    case = Case(2 * ranks * BLOCK * 3, 1, 8, 4, 8, True)
+    plan, inputs = make_plan("zigzag", case.seq_len, ranks, causal=True), make_inputs(case, 0)
+
+    def work(rank, transport):
+        q, k, v, _ = (plan.layout.shard(x, rank, 1) for x in inputs)
+        kernel, scale = Patient(rank, transport), case.head_dim**-0.5
+        calls = {
+            n: Call(plan, rank, kernel, scale, transport, Buffers(), transport, Schedule(flags=True, head_groups=n))
+            for n in groups
+        }
+        return [pull.forward(calls[n], q, k + number, v - number)[0] for number, n in enumerate(groups)]
+
+    for seed in range(4):
+        everything = zip(*simulate(ranks, work, Network(seed, spread=2)), strict=True)
+        for number, shards in enumerate(everything):
+            right = exact(case, inputs._replace(k=inputs.k + number, v=inputs.v - number)).out
+            torch.testing.assert_close(plan.layout.unshard(shards, 1), right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_memory_keeps_to_what_is_foretold(ranks, window):
+    """Regions, and the gradients of the others' keys."""
+    tokens, heads, head_dim = 64, 2, 8
+    plan = make_plan("zigzag", tokens * ranks, ranks, causal=True, window_size=window)
+
+    def work(rank, transport):
+        schedule = Schedule(flags=True, at_once=True, head_groups=2)
+        call = Call(plan, rank, Patient(rank, transport), 1.0, transport, Buffers(), transport, schedule)
+        q, k, v, dout = torch.randn(4, 1, tokens, heads, head_dim)
+        pull.backward(call, dout, q, k, v, *pull.forward(call, q, k, v), None)
+        return sum(region.numel() for region in transport.regions)
+
+    shape = 1, heads, heads, head_dim, head_dim, 4
+    load = Workload(plan, "reference", *shape, same_node=True, waits=True, tells=True, memory=1)
+    foretold = next(x for x in predict(load) if x.schedule[:2] == (True, True) and x.schedule.head_groups == 2)
+    far = max(pull.remote_axis(plan, rank, pull.slot_of(plan)).length for rank in range(ranks))
+    assert max(simulate(ranks, work)) + far * load.gradient_bytes <= foretold.memory
