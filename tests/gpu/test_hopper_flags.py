@@ -13,6 +13,7 @@ from ringattn.kernels.hopper import HopperKernel
 from ringattn.kernels.interface import Arrival, Departure
 from ringattn.kernels.segments import Segment, Segments
 from ringattn.launch.oracle import error
+from ringattn.transport.engine import Engine
 
 pytestmark = [
     pytest.mark.skipif(
@@ -23,23 +24,23 @@ pytestmark = [
 
 SOURCES, SLOT, OWN, LAST = 3, 1024, 900, 700  # keys of a slot, and those in the first and in the last
 EPOCH, SECOND = 7, 10**9
-SHAPES = [(1, 8, 2, 128), (2, 8, 8, 64), (1, 8, 2, 16), (2, 3, 1, 128)]
+SHAPES = [(1, 8, 2, 128, 128), (2, 8, 8, 64, 64), (1, 8, 2, 16, 16), (2, 3, 1, 128, 64)]
 
 
 class Attention:
     """Rows that see keys of several sources, some of them only within a window, and their gradients."""
 
-    def __init__(self, shape: tuple[int, int, int, int], deterministic: bool):
-        batch, heads, groups, d = shape
+    def __init__(self, shape: tuple[int, int, int, int, int], deterministic: bool):
+        batch, heads, groups, d, e = shape
         self.flags = max(1, groups // 2)
         self.length = (SOURCES - 1) * SLOT + LAST
         generator = torch.Generator("cuda").manual_seed(0)
 
-        def random(length: int, heads: int) -> Tensor:
-            return torch.randn(batch, length, heads, d, device="cuda", generator=generator).bfloat16()
+        def random(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, device="cuda", generator=generator).bfloat16()
 
-        self.q, self.dout = random(OWN, heads), random(OWN, heads)
-        self.k, self.v = random(self.length, groups), random(self.length, groups)
+        self.q, self.dout = random(OWN, heads, d), random(OWN, heads, e)
+        self.k, self.v = random(self.length, groups, d), random(self.length, groups, e)
         for x in (self.k, self.v):
             x[:, OWN:SLOT] = 0
         ends = OWN, SLOT, LAST
@@ -117,10 +118,29 @@ def test_keys_that_come_late(shape):
     assert_same(attention.waiting(flags), expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_what_is_told_is_in_memory(shape):
+    """Copies that follow the words, as soon as they may, bring what is there in the end."""
+    attention, engine, copies = Attention(shape, False), Engine(), torch.cuda.Stream()
+    host = None
+    for _ in range(20):
+        attention.words.zero_()
+        torch.cuda.synchronize()
+        grads = attention.waiting(attention.ready())[1:]
+        host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in grads] if host is None else host
+        engine.wait(attention.words)((), EPOCH, copies.cuda_stream)
+        with torch.cuda.stream(copies):
+            for there, x in zip(host, grads, strict=True):
+                there[:, SLOT:].copy_(x[:, SLOT:], non_blocking=True)
+        torch.cuda.synchronize()
+        assert all(torch.equal(there[:, SLOT:], x[:, SLOT:].cpu()) for there, x in zip(host, grads, strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_keys_that_never_come(shape):
+def test_keys_that_never_come(shape, deterministic):
     """What follows from them is NaN, it is told all the same, and the context is alive."""
-    attention = Attention(shape, False)
+    attention = Attention(shape, deterministic)
     source, flag = 2, attention.flags - 1
     flags = attention.ready()
     flags[source - 1, flag] -= 1

@@ -17,11 +17,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ringattn.kernels.hopper import HopperKernel
+from ringattn.kernels.interface import Arrival, Departure
 from ringattn.kernels.segments import Segment, Segments
 
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH')}{os.pathsep}/usr/local/cuda/bin")
@@ -35,6 +37,7 @@ pytestmark = [
 ]
 DONE = "all kernels have run"
 FAULTY = 3  # exit status
+SLOT = 128  # keys that are there before others come
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
@@ -67,12 +70,13 @@ def ours(output: str) -> list[str]:
 
 
 def main() -> None:
-    """Tiles that are not full, a window, a merge, grouped heads, more tiles than one."""
+    """Tiles that are not full, a window, a merge, grouped heads, more tiles than one; keys on their way, some of which
+    do not come."""
     from ringattn.kernels.hopper_backward_launch import backward
 
     rows, keys = 333, 290
     segments = Segments([Segment(0, 200, 0, keys, 20), Segment(200, 133, 50, 240, 100, 60)])
-    kernel = HopperKernel()
+    kernel: Any = HopperKernel()
     for d in (64, 128):
         q, dout = torch.randn(2, 1, rows, 4, d, device="cuda", dtype=torch.bfloat16)
         k, v = torch.randn(2, 1, keys, 2, d, device="cuda", dtype=torch.bfloat16)
@@ -81,6 +85,14 @@ def main() -> None:
         delta = kernel.row_delta(dout, out)
         for deterministic in (False, True):
             backward(dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic)
+        near_k, far_k, near_v, far_v = (x.contiguous() for whole in (k, v) for x in whole.split([SLOT, keys - SLOT], 1))
+        for late in (False, True):
+            flags, words, counts = torch.zeros(3, 1, 2, dtype=torch.int32, device="cuda")
+            epoch, error = torch.full((1,), late, dtype=torch.int32, device="cuda"), torch.zeros_like(flags[0, :1])
+            begun = kernel.begin(dout, q, v, out, lse, None, scale=0.1)
+            arrival = Arrival(far_k, far_v, flags, epoch, SLOT, 1, error)
+            inputs = dout, q, near_k, near_v, out, lse, None, segments
+            kernel.backward(*inputs, scale=0.1, **begun, arrival=arrival, departure=Departure(words, counts))
         torch.cuda.synchronize()
     print(DONE)
 
