@@ -39,7 +39,8 @@ def settled(
     shapes = dq.shape, (dk.shape[0], keys, *dk.shape[2:]), (dv.shape[0], keys, *dv.shape[2:])
     new_q, new_k, new_v = into or (torch.empty(shape, dtype=dtype, device=dq.device) for shape in shapes)
     grid, blocks, constants = work_of(*shapes)
-    if not parts and into is None and dk is late_k and dk.dtype == dv.dtype == dtype:  # they left the kernel so
+    left_so = dk is late_k and dk.dtype == dv.dtype == dtype and dk.is_contiguous() and dv.is_contiguous()
+    if not parts and into is None and left_so:
         new_k, new_v, grid = dk, dv, (blocks[0], 1, 1)
     first = parts[0] if parts else own[0]
     table = table_of(tuple(place(part, first) for part in parts), dq.device, kept) if parts else None
