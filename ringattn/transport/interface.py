@@ -64,7 +64,7 @@ class Await(NamedTuple):
 
 
 Step = Put | Mark | Await
-ROWS, WORDS = 5, 512  # of each rank, that copies can mark and kernels set: rows, and words in a row
+ROWS, WORDS = 5, 2048  # of each rank, that copies can mark and kernels set: rows, and words in a row
 
 
 class TransportError(RuntimeError):
