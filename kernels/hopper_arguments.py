@@ -10,9 +10,10 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .interface import Arrival
 from .triton_arguments import Form, block_width, describe
 
-__all__ = ["NARROWEST", "Described", "HopperForm", "described", "processors"]
+__all__ = ["NARROWEST", "Described", "HopperForm", "arriving", "described", "processors"]
 
 NARROWEST = 64  # columns of a block, 128 bytes: narrower ones would be copied no faster
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32, torch.int32: gl.int32}
@@ -54,6 +55,16 @@ def form_of(
     if form is None:
         return None
     return HopperForm(*form[:2], [1, 1, rows, width or max(block_width(shape[-1]), NARROWEST)], dtype)
+
+
+def arriving(arrival: Arrival | None, keys: int, width: int | None = None) -> tuple:
+    """What a kernel is told of keys on their way, which it reads in blocks so long: far_k, far_v, flags, error, epoch,
+    SHARED, SLOT and PATIENCE."""
+    if arrival is None:
+        return None, None, None, None, None, 1, 1, 0
+    k, v, flags, epoch, slot, patience, error = arrival
+    far = described(k, keys, width), described(v, keys, width)
+    return *far, flags, error, epoch, v.shape[2] // flags.shape[1], slot, patience
 
 
 @cache

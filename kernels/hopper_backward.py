@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .hopper_add import await_turn, reduce_add, reduced, viewed, write
 from .hopper_prepare import DELTA, PIECES
 from .hopper_steps import key_sums, query_sums, weights
-from .hopper_tile import advance, await_flag, fetch, run_at
+from .hopper_tile import advance, await_flag, fetch, flag_of, run_at
 from .hopper_walk import BLOCK, ROWS, block_at, masks_at, place, steps_of, visit
 
 __all__ = ["hopper_backward_kernel"]
@@ -41,7 +41,7 @@ PARTS = gl.constexpr(2)  # of dQ on their way
 @gluon.jit(do_not_specialize=["CELLS", "SHARED", "SLOT", "PATIENCE"])
 def hopper_backward_kernel(
     q, k, v, dout, pieces, places, walks, dq, dk, dv, order, runs, visits, turns, counters, scale, scale_log2, CELLS,
-    far_k, far_v, flags, error, epoch, wanted, counts, words, SHARED, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE: "i64", wanted, words, counts,  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, ORDERED: gl.constexpr,
     WAIT: gl.constexpr,
 ):  # fmt: skip
@@ -204,12 +204,6 @@ def fetch_keys(k, v, i_b, i_g, key0, keys):
     mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
     fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
-
-
-@gluon.jit
-def flag_of(i_g, key0, SHARED, SLOT, GROUPS: gl.constexpr):
-    """The flag of a tile of keys that are on their way."""
-    return ((key0 // SLOT - 1) * GROUPS + i_g) // SHARED
 
 
 @gluon.jit

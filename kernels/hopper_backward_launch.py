@@ -14,7 +14,7 @@ from torch import Tensor
 from . import hopper_backward, hopper_walk
 from .dealing import queue
 from .hopper import WIDEST
-from .hopper_arguments import NARROWEST, Described, HopperForm, described, processors
+from .hopper_arguments import NARROWEST, Described, HopperForm, arriving, described, processors
 from .hopper_prepare import PIECES, prepare_kernel
 from .hopper_tile import LOG2E
 from .interface import Arrival, Departure
@@ -31,7 +31,6 @@ __all__ = ["backward", "begin"]
 KEYS, BLOCK, ROWS = (size.value for size in (hopper_backward.KEYS, hopper_walk.BLOCK, hopper_walk.ROWS))
 PREPARED = 32  # rows of a program of `prepare_kernel`
 NONE = (0,)  # the shape of nothing
-NOTHING = (None, None, None, None, None, None, None, None, 1, 1, 0)  # is on its way
 BEGINNING = 1.2  # what a program takes besides its blocks, in blocks of one head
 TRAVEL = 0.08  # how long gradients of a tile are under way to where they belong, in blocks of one head: NVLink
 PATIENCE = 7  # when sums are ordered, so many times the tiles of a head at work are at most the blocks that one walks
@@ -117,7 +116,7 @@ def backward(
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
             *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
-            *(NOTHING if arrival is None or departure is None else waited(arrival, departure, wanted, width)),
+            *arriving(arrival, KEYS, width), wanted, *(departure or (None, None)),
         ),
         (),
         (
@@ -224,14 +223,6 @@ def by_flag(flags: int, batch: int, groups: int, shares: int) -> Tensor:
     """
     units = torch.arange(batch * groups * shares, dtype=torch.int32)
     return units.view(batch, flags, -1).transpose(0, 1).reshape(-1)
-
-
-def waited(arrival: Arrival, departure: Departure, wanted: Tensor | None, width: int) -> tuple:
-    """What the kernel is told of keys on their way, and of gradients."""
-    k, v, flags, epoch, slot, patience, error = arrival
-    far = described(k, KEYS, width), described(v, KEYS, width)
-    shared = v.shape[2] // flags.shape[1]
-    return *far, flags, error, epoch, wanted, departure.counts, departure.words, shared, slot, patience
 
 
 def patience(walked: int, width: int, processors: int) -> int:

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .hopper_tile import advance, await_flag, fetch, locate, rounds_of
+from .hopper_tile import advance, await_flag, fetch, flag_of, locate, rounds_of
 
 __all__ = ["copy_blocks"]
 
@@ -51,9 +51,9 @@ def copy_blocks(
         for i_run in range(begin, end):
             start = gl.load(runs + 8 * i_run)
             if WAIT:
-                i_source = start // SLOT
-                if i_source > 0:
-                    i_flag = ((i_source - 1) * (HEADS // GROUP) + i_g) // SHARED
+                on_its_way = start >= SLOT
+                if on_its_way:
+                    i_flag = flag_of(i_g, start, SHARED, SLOT, HEADS // GROUP)
                     bit = gl.where(i_flag < 32, 1 << (i_flag & 31), 0)
                     if known & bit == 0:
                         await_flag(flags + i_flag, error, gl.load(epoch), PATIENCE, i_flag)

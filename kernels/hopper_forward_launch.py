@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dealing import dealt_tiles
-from .hopper_arguments import NARROWEST, described, processors
+from .hopper_arguments import NARROWEST, arriving, described, processors
 from .hopper_forward import hopper_forward_kernel
 from .interface import Arrival, nothing_seen
 from .launching import Constants, launch
@@ -21,7 +21,6 @@ from .tuning import Tiling, architecture, tiling_for
 __all__ = ["forward"]
 
 ROWS = 64  # of a head, that a warpgroup owns
-NOTHING = (None, None, None, None, None, 1, 1, 0)  # is on its way
 REGISTERS = {2: (240, 168), 3: (160, 128)}  # by warpgroups: for each thread of theirs, and when the program starts
 
 
@@ -69,7 +68,7 @@ def forward(
         (
             *(described(x, block) for x, block in ((q, ROWS), (k, tiling.keys), (v, tiling.keys))),
             *(out, lse, before, work.pieces, work.runs, positive(scale), rows),
-            *(NOTHING if arrival is None else waited(arrival, groups, tiling.keys)),
+            *arriving(arrival, tiling.keys),
         ),
         (strides(out), strides(lse), strides(before)),
         constants(tiling, heads, group, together, max(d, e), e),
@@ -78,12 +77,6 @@ def forward(
         WAIT=arrival is not None,
     )
     return out, lse
-
-
-def waited(arrival: Arrival, groups: int, keys: int) -> tuple:
-    """What the kernel is told of keys on their way."""
-    k, v, flags, epoch, slot, patience, error = arrival
-    return described(k, keys), described(v, keys), flags, error, epoch, groups // flags.shape[1], slot, patience
 
 
 @cache

@@ -21,6 +21,7 @@ __all__ = [
     "advance",
     "await_flag",
     "fetch",
+    "flag_of",
     "locate",
     "named_arrive",
     "named_sync",
@@ -80,6 +81,12 @@ def named_arrive(BARRIER: gl.constexpr, THREADS: gl.constexpr):
 def barrier_asm(operation, barrier, threads):
     operation, barrier, threads = (getattr(x, "value", x) for x in (operation, barrier, threads))
     return f"bar.{operation} {barrier}, {threads}; mov.b32 $0, 0;"
+
+
+@gluon.jit
+def flag_of(i_g, key, SHARED, SLOT, GROUPS: gl.constexpr):
+    """The flag of a key that is on its way, of one of GROUPS key/value heads."""
+    return ((key // SLOT - 1) * GROUPS + i_g) // SHARED
 
 
 @gluon.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from itertools import product
+from itertools import chain, product
 from statistics import fmean, harmonic_mean, median
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ class Contest:
         ahead = [ms for found in rounds for ms in found["ahead"]]
         synchronised = [ms for found in rounds for ms in found["synchronised"]]
         middle, ranks = median(ahead), self.crew.size
-        alone = alone_on_a_gpu(which, answers) or Alone()
+        alone = alone_on_a_gpu(which, answers)
         share = self.share(each, which, answers)
         return (
             {"impl": each.name}
@@ -145,7 +145,7 @@ class Contest:
         turn = next((turn for turn in references(each, which) if turn[0] != "time_alone"), None)
         if turn not in answers:
             return None
-        ms = max(ms for ms, _ in each_rank(answers[turn]))
+        ms = max(each_rank(answers[turn]))
         return ms if turn[0] == "time_share" else ms * busiest(each.local, self.case, self.crew.size)
 
 
@@ -167,28 +167,25 @@ class Alone(NamedTuple):
     each: list[float] | None = None
 
 
-def alone_on_a_gpu(which: str, answers: Answers) -> Alone | None:
+def alone_on_a_gpu(which: str, answers: Answers) -> Alone:
     """GPUs of a kind differ by some percent, and P of them wait for the slowest. What they would do if nobody waited is
     the sum of what each does alone."""
     known = []
     for (what, kernel, passes), rounds in answers.items():
         if (what, passes) == ("time_alone", which):
-            each, clocks = zip(*each_rank(rounds), strict=True)
-            clocks = [mhz for mhz in clocks if mhz is not None]
-            known.append(Alone(harmonic_mean(each), fmean(clocks) if clocks else None, kernel, list(each)))
-    return min(known, key=lambda alone: alone.ms, default=None)
+            each = each_rank(rounds)
+            known.append(Alone(harmonic_mean(each), clock(chain.from_iterable(rounds)), kernel, each))
+    return min(known, key=lambda alone: alone.ms, default=Alone())
 
 
-def each_rank(rounds: list[list[Figures]]) -> list[tuple[float, float | None]]:
-    """The median of each rank, and its clock.
+def each_rank(rounds: list[list[Figures]]) -> list[float]:
+    """The median of each rank.
 
     Example:
-        >>> one, other = {"ahead": [1.0, 2.0], "mhz": 9.0}, {"ahead": [5.0], "mhz": None}
-        >>> each_rank([[one, other], [one, other]])
-        [(1.5, 9.0), (5.0, None)]
+        >>> each_rank([[{"ahead": [1.0, 2.0]}, {"ahead": [5.0]}], [{"ahead": [1.0, 2.0]}, {"ahead": [5.0]}]])
+        [1.5, 5.0]
     """
-    ranks = zip(*rounds, strict=True)
-    return [(median(ms for found in rank for ms in found["ahead"]), clock(rank)) for rank in ranks]
+    return [median(ms for found in rank for ms in found["ahead"]) for rank in zip(*rounds, strict=True)]
 
 
 def clock(found: Iterable[Figures]) -> float | None:

@@ -34,13 +34,13 @@ from ringattn.executors.home import Backward
 from ringattn.kernels.interface import Arrival, Departure, Part, Three, accumulate_dtype
 from ringattn.kernels.segments import NO_WINDOW, Segments
 from ringattn.plan import Plan
-from ringattn.transport.interface import WORDS, Await, Mark, Put, Step, Symmetric
+from ringattn.transport.interface import ROWS, WORDS, Await, Mark, Put, Step, Symmetric
 
 __all__ = ["backward", "forward", "region_sizes"]
 
 Pair = tuple[Tensor, Tensor]
 # Rows of words: keys are on their way, or here; gradients are here; flags; gradients may leave; what a kernel counts.
-KEYS, BACK, FLAGS, DONE, COUNTS = range(5)
+KEYS, BACK, FLAGS, DONE, COUNTS = range(ROWS)
 GRADIENTS = 2  # the region after the two for keys
 BLOCK = 128  # keys that a kernel reads at once, at most
 

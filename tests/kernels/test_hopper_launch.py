@@ -77,7 +77,7 @@ def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pyt
     assert dk.shape == dv.shape == (batch, slot + far, groups, 128)
     _, (_, _, (programs, _, _), arguments, _, constants) = launches
     assert dict(constants)["WAIT"]
-    order, wanted = arguments[10].tolist(), arguments[23]
+    order, wanted = arguments[10].tolist(), arguments[26]
     assert len(order) == programs
     keys, shares = (*range(0, 1024, 128), 1280, 1408, 2560, 2688, 2816), heads // groups // dict(constants)["SHARE"]
     assert sorted(row[:2] for row in order) == [[unit, key] for unit in range(batch * groups * shares) for key in keys]
