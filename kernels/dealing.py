@@ -11,8 +11,10 @@ has tiles of 96 to 128 blocks and then of 1 to 32.
 Where every piece has a program of its own (`queue`), the GPU starts the next one where one has ended. A section that
 begins with long pieces when the others are nearly done holds up the end, with packed documents by a quarter of the
 time. There sections are wider, or the short pieces of all sections wait until all long ones have started. Elsewhere
-they do not, because then more heads are walked at once than the L2 cache holds, which takes a few percent. What some
-pieces make has still to travel when they are done; those come first in a section, unless then the end is later.
+they do not, because then more heads are walked at once than the L2 cache holds, which takes a few percent. Tiles of
+another rank's keys are mostly seen by the same rows, all of a chunk. They come first in a section, unless then the end
+is later: side by side they walk the same rows at the same time, from start to end. With 32768 tokens on each of two
+GPUs that spares the first one 6% of its backward, in energy: the cycles are as many.
 """
 
 from __future__ import annotations
@@ -136,16 +138,15 @@ def queue(
     side: int,
     programs: int,
     beginning: float = BEGINNING,
-    leaving: int = NO_WINDOW,
-    travel: float = 0.0,
+    far: int = NO_WINDOW,
 ) -> Queue:
     """The first so many tiles of `work`, in blocks of `step`, for all heads, in the order in which their programs start
-    where so many run at once. A piece takes as long as `beginning` blocks besides its own. What tiles of keys from
-    `leaving` on make is where it belongs so many blocks' time (`travel`) after the last of them is done.
+    where so many run at once. A piece takes as long as `beginning` blocks besides its own. Keys from `far` on are other
+    ranks'.
 
     Orders come in sections of `side` heads, of twice and of four times as many, and then with the short pieces of all
-    sections at the end; tiles come longest first, and before that with those first that leave something. Of these the
-    first, unless a later one, which uses the L2 cache less well, beats it by more than LONGER.
+    sections at the end; tiles come longest first, and before that with those of far keys first. Of these the first,
+    unless a later one, which uses the L2 cache less well, beats it by more than LONGER.
 
     Example (tiles of 1, 2 and 3 blocks, two heads that do not share the cache):
         >>> from .segments import Segment, Segments
@@ -154,9 +155,9 @@ def queue(
         [[0, 8], [1, 8], [0, 4], [1, 4], [0, 0], [1, 0]]
     """
     table = work.tiles.numpy()[:tiles]
-    length, leaves = work.blocks(step)[:tiles] + beginning, table[:, 0] >= leaving
+    length, others = work.blocks(step)[:tiles] + beginning, table[:, 0] >= far
     least = max(heads * length.sum() / programs, length.max(initial=0))  # no order is over before
-    ways = [np.argsort(~leaves, kind="stable")] * bool(leaves.any()) + [np.arange(tiles)]
+    ways = [np.argsort(~others, kind="stable")] * bool(others.any()) + [np.arange(tiles)]
     sides = [n * side for n in (1, 2, 4) if heads % (n * side) == 0]
     chosen, end = (ways[0], np.empty((2, 0), np.int64)), np.inf
     for late, each, way in product((False, True), sides, ways):
@@ -164,8 +165,7 @@ def queue(
             break
         order = arranged(length[way], heads, each, programs if late else 0)
         tile = way[order[0]]
-        ends = hand_out(length[tile], programs)[1]
-        found = max(ends.max(initial=0), (ends[leaves[tile]] + travel).max(initial=0))
+        found = hand_out(length[tile], programs)[1].max(initial=0)
         if found * LONGER < end:
             chosen, end = (way, order), found
     way, (tile, head) = chosen

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .interface import Arrival, Departure, accumulate_dtype
+from .interface import Arrival, Part, accumulate_dtype
 from .portable import TritonKernel, module
 
 __all__ = ["HopperKernel"]
@@ -27,7 +28,7 @@ class HopperKernel(TritonKernel):
 
     name = "hopper"
     caps_scores = False
-    waits = True  # forward takes an `Arrival`; see also `tells`
+    waits = True  # forward takes an `Arrival`; see also `delivers`
     yields = True  # forward takes a `margin`
 
     def __init__(self, deterministic: bool | None = None):
@@ -37,8 +38,8 @@ class HopperKernel(TritonKernel):
         """This kernel, adding to dq in a fixed order or not, whatever torch is told."""
         return HopperKernel(deterministic)
 
-    def tells(self, q: Tensor, v: Tensor) -> bool:
-        """Whether backward takes an `Arrival` and a `Departure`."""
+    def delivers(self, q: Tensor, v: Tensor) -> bool:
+        """Whether backward takes an `Arrival`, and stores gradients of what arrives at home."""
         return max(q.shape[-1], v.shape[-1]) <= WIDEST
 
     @property
@@ -91,14 +92,14 @@ class HopperKernel(TritonKernel):
 
     def backward(
         self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None,
-        pieces=None, arrival: Arrival | None = None, departure: Departure | None = None,
+        pieces=None, arrival: Arrival | None = None, homes: Sequence[Part] = (), kept: dict[Any, Any] | None = None,
     ):  # fmt: skip
         """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at.
 
-        With `arrival` and `departure`, dk and dv begin with zeros and count keys in slots as well, [B, slot + M, G, D];
-        what lies in a slot behind the last key that is seen is not written, and what follows from keys that have not
-        come in time is NaN."""
+        With `arrival`, dk and dv are those of own keys. `homes` are where gradients of each source's keys belong, of
+        the first ones in its slot: contiguous, in fp32, and possibly another GPU's memory. They are there when the
+        launch is over; what follows from keys that have not come in time is NaN. `kept`: see `settled`."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        how = self.in_order, out_dtype, pieces, arrival, departure
+        how = self.in_order, out_dtype, pieces, arrival, homes, kept
         return module("hopper_backward_launch").backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, *how)

@@ -29,21 +29,22 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .hopper_add import await_turn, reduce_add, reduced, viewed, write
 from .hopper_prepare import DELTA, PIECES
 from .hopper_steps import key_sums, query_sums, weights
-from .hopper_tile import advance, await_flag, fetch, flag_of, run_at
+from .hopper_tile import advance, await_flag, fetch, flag_of, named_sync, read_anew, run_at
 from .hopper_walk import BLOCK, ROWS, block_at, masks_at, place, steps_of, visit
 
 __all__ = ["hopper_backward_kernel"]
 
 KEYS = gl.constexpr(128)  # of a tile
 PARTS = gl.constexpr(2)  # of dQ on their way
+DELIVERED = gl.constexpr(9)  # the first of two named barriers, at which a warpgroup has stored at home
 
 
 @gluon.jit(do_not_specialize=["CELLS", "SHARED", "SLOT", "PATIENCE"])
 def hopper_backward_kernel(
     q, k, v, dout, pieces, places, walks, dq, dk, dv, order, runs, visits, turns, counters, scale, scale_log2, CELLS,
-    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE: "i64", wanted, words, counts,  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE: "i64", homes, shared,  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, ORDERED: gl.constexpr,
-    WAIT: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `order`, stored or added, and dQ added to a sum.
 
@@ -51,8 +52,7 @@ def hopper_backward_kernel(
     places from `hopper_backward_launch.places`, and walks of the lines of `runs`. A program takes SHARE of the GROUP
     query heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
     WAIT: keys from SLOT on are in far_k and far_v, and there when the flag says so (`await_flag`) that SHARED key/value
-    heads of a slot have; and when all programs that have the same flag, so many as are `wanted`, have stored dK and dV,
-    their word becomes the epoch.
+    heads of a slot have; their dK and dV go to `homes` (`deliver`), and `shared` counts who has stored them.
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
     SLOTS: gl.constexpr = 4 if WIDTH == 64 else 2  # for steps of rows and for their dS
@@ -104,39 +104,42 @@ def hopper_backward_kernel(
     scales = (scale, scale_log2)
     results = (dk, dv)
     work = (order, runs)
-    ends = (over, stored)
     arrival = (far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE)
-    departure = (wanted, counts, words, stored)
+    ends = (results, over, (homes, shared, SLOT, stored))
     # So nothing is spilled: registers of warps that copy, and the role of the warpgroup that the kernel begins with.
     SINGLE: gl.constexpr = 32
     FIRST: gl.constexpr = 2 if dk.dtype == gl.float32 else 0
     SECOND: gl.constexpr = (FIRST + 1) % 3
     THIRD: gl.constexpr = (FIRST + 2) % 3
     gl.warp_specialize([
-        (compute, (FIRST, results, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
-        (compute, (SECOND, results, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
-        (compute, (THIRD, results, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
-        (load, (tensors, keys, ring, arrival, departure, work, GROUPS, GROUP, SHARE, ORDERED, WAIT)),
+        (compute, (FIRST, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, D, E, WAIT)),
+        (compute, (SECOND, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, D, E, WAIT)),
+        (compute, (THIRD, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, D, E, WAIT)),
+        (load, (tensors, keys, ring, arrival, ends, work, GROUPS, GROUP, SHARE, ORDERED, WAIT)),
         (add, (dq, adds, work, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED, WIDTH // 64)),
     ], [4, 4, 1, 1], [208, 96 - SINGLE if THIRD == 2 else 208, SINGLE, SINGLE])  # fmt: skip
 
 
 @gluon.jit
 def compute(
-    ROLE: gl.constexpr, results, scales, keys, ring, slopes, adds, ends, work,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, WAIT: gl.constexpr,
+    ROLE: gl.constexpr, scales, keys, ring, slopes, adds, ends, work,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """One of the three warpgroups: dK and dV of the first or the second half of the tile's keys, or dQ."""
+    scale, scale_log2 = scales
+    order, runs = work
+    steps = steps_of(order, runs, GROUPS, GROUP, SHARE)
     if ROLE == 2:
-        order, runs = work
-        query_sums(steps_of(order, runs, GROUPS, GROUP, SHARE), keys, slopes, adds, scales[0])
+        query_sums(steps, keys, slopes, adds, scale)
     else:
-        key_gradients(ROLE, results, scales, keys, ring, slopes, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)
+        b_dk, b_dv = key_sums(ROLE, steps, keys, ring, slopes, scale_log2)
+        store(ROLE, (b_dk * scale, b_dv), ring, ends, order, GROUPS, GROUP, SHARE, ADD, D, E, WAIT)
 
 
 @gluon.jit
 def load(
-    tensors, keys, ring, arrival, departure, work,
+    tensors, keys, ring, arrival, ends, work,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ORDERED: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """Keys and values once, then steps of rows as fast as they are used up, each with what its mask is made of: for
@@ -171,8 +174,8 @@ def load(
                 fetch(q, [i_b, i_h, start + j, 0], here, s_q.index(slot))
                 fetch(dout, [i_b, i_h, start + j, 0], here, s_do.index(slot))
                 slot, phase = advance(slot, phase, s_q.shape[0])
-    if WAIT:
-        tell(order, arrival, departure, GROUPS, GROUP, SHARE)
+    if WAIT and SHARE < GROUP:
+        pass_on(order, ends[2], GROUPS, GROUP, SHARE)
 
 
 @gluon.jit
@@ -217,39 +220,84 @@ def spoil(s_x):
 
 
 @gluon.jit
-def tell(order, arrival, departure, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
-    """Counts this program, once its dK and dV are in memory, and tells if it was the last of its flag; then the count
-    is zero again."""
-    _far_k, _far_v, _flags, _error, epoch, SHARED, SLOT, _PATIENCE = arrival
-    wanted, counts, words, stored = departure
-    _, i_g, _, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
-    if key0 >= SLOT:
-        i_flag = flag_of(i_g, key0, SHARED, SLOT, GROUPS)
-        mbarrier.wait(stored, 0)
-        if gl.atomic_add(counts + i_flag, 1, sem="acq_rel") == gl.load(wanted + i_flag) - 1:
-            gl.store(counts + i_flag, 0)
-            gl.atomic_xchg(words + i_flag, gl.load(epoch), sem="release", scope="sys")
+def store(
+    HALF: gl.constexpr, grads, ring, ends, order,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of one half of the tile's keys, to where they belong."""
+    results, over, departure = ends
+    mbarrier.arrive(over, count=1)
+    mbarrier.wait(over, 0)  # nobody reads Q and dO any more
+    i_b, i_g, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
+    if WAIT:
+        if key0 >= departure[2]:
+            deliver(HALF, grads, ring[HALF], departure, i_b, i_g, head0, key0, GROUPS, GROUP, SHARE, D, E)
+        else:
+            put(results, grads, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
+    else:
+        put(results, grads, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
 
 
 @gluon.jit
-def key_gradients(
-    HALF: gl.constexpr, results, scales, keys, ring, slopes, ends, work,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, WAIT: gl.constexpr,
+def deliver(
+    HALF: gl.constexpr, grads, s_free, departure, i_b, i_g, head0, key0,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
-    """One half of the tile's keys: their dK and dV."""
-    dk, dv = results
-    order, runs = work
-    scale, scale_log2 = scales
-    over, stored = ends
-    b_dk, b_dv = key_sums(HALF, steps_of(order, runs, GROUPS, GROUP, SHARE), keys, ring, slopes, scale_log2)
-    mbarrier.arrive(over, count=1)
-    mbarrier.wait(over, 0)  # nobody reads Q and dO any more
-    i_b, i_g, _, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
-    put(dv, b_dv, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
-    put(dk, b_dk * scale, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
-    if WAIT:  # one lane stores by TMA, waits for that, and arrives
-        reduced()
+    """Stores them at their owner's, maybe in another GPU's memory: int64 `homes` [sources, 3] says where dK and dV of a
+    source are, and of how many keys. Of two programs that share a tile, one right after the other, the second adds once
+    the first has stored: int32 `shared` [programs] counts that for the first."""
+    homes, shared, SLOT, stored = departure
+    p_home = homes + 3 * (key0 // SLOT - 1)
+    first, keys = key0 % SLOT + HALF * 64, gl.load(p_home + 2).to(gl.int32)
+    line = (i_b * keys + first).to(gl.int64) * GROUPS + i_g
+    b_dk, b_dv = grads
+    second = head0 % GROUP > 0
+    if SHARE < GROUP and second:
+        await_turn(shared + read_anew("%ctaid.x") - 1, 1)
+    send(HALF, b_dv, s_free, gl.load(p_home + 1), line, keys - first, second, GROUPS, E, SHARE < GROUP)
+    send(HALF, b_dk, s_free, gl.load(p_home), line, keys - first, second, GROUPS, D, SHARE < GROUP)
+    if SHARE < GROUP and not second:
         mbarrier.arrive(stored, count=1)
+
+
+@gluon.jit
+def pass_on(order, departure, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+    """Lets the second program of a tile add, when the first has stored."""
+    _, shared, SLOT, stored = departure
+    _, _, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
+    if (key0 >= SLOT) & (head0 % GROUP == 0):
+        mbarrier.wait(stored, 0)
+        gl.atomic_add(shared + read_anew("%ctaid.x"), 1, sem="release", scope="sys")
+
+
+@gluon.jit
+def send(
+    HALF: gl.constexpr, b_x, s_free, address, line, lines, second,
+    GROUPS: gl.constexpr, D: gl.constexpr, SHARED: gl.constexpr,
+):  # fmt: skip
+    """Stores rows [keys, GROUPS, D], of one head, as many as there are lines left, or adds them if it is the `second`
+    of two; by way of free memory, so that a warp has whole rows: NVLink is slow with pieces of 32 bytes."""
+    WIDTH: gl.constexpr = b_x.shape[1]
+    LANES: gl.constexpr = WIDTH // 4  # of a row
+    LINES: gl.constexpr = 16  # at once: registers
+    WHOLE: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [4, 1], [1, 0])
+    s_x = viewed(s_free, gl.float32, b_x.shape, gl.NVMMASharedLayout.get_default_for(b_x.shape, gl.float32))
+    s_x.store(b_x)
+    named_sync(DELIVERED + HALF, 128)
+    lane = read_anew("%laneid")
+    o_row = (gl.arange(0, LINES, layout=gl.SliceLayout(1, WHOLE)) & -(32 // LANES)) + lane // LANES
+    o_d = (gl.arange(0, WIDTH, layout=gl.SliceLayout(0, WHOLE)) & 3) + lane % LANES * 4
+    o_d = gl.max_contiguous(gl.multiple_of(o_d, 4), 4)
+    x = gl.multiple_of(address.to(gl.pointer_type(gl.float32)), 16) + line * D
+    p_x = x + o_row[:, None] * (GROUPS * D) + o_d[None, :]
+    for i in gl.static_range(b_x.shape[0] // LINES):
+        b_lines = s_x.slice(i * LINES, LINES).load(WHOLE)
+        p_lines, real = p_x + i * LINES * GROUPS * D, (o_row < lines - i * LINES)[:, None] & (o_d < D)[None, :]
+        if SHARED:
+            b_lines += gl.load(p_lines, mask=real & second, other=0.0, volatile=True)
+        gl.store(p_lines, b_lines, mask=real)
+    named_sync(DELIVERED + HALF, 128)
 
 
 @gluon.jit
@@ -296,8 +344,17 @@ def add(
 
 
 @gluon.jit
-def put(desc, b_x, s_free, coord, ADD: gl.constexpr):
-    """Stores a tile by way of free memory, or adds it to what is there."""
+def put(descs, grads, s_free, coord, ADD: gl.constexpr):
+    """Stores tiles of dK and dV by way of free memory, or adds them to what is there."""
+    dk, dv = descs
+    b_dk, b_dv = grads
+    put_tile(dv, b_dv, s_free, coord, ADD)
+    put_tile(dk, b_dk, s_free, coord, ADD)
+
+
+@gluon.jit
+def put_tile(desc, b_x, s_free, coord, ADD: gl.constexpr):
+    """One of them."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_x.shape, desc.dtype)
     s_x = viewed(s_free, desc.dtype, b_x.shape, layout)
     s_x.store(b_x.to(desc.dtype))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from .hopper import WIDEST
 from .hopper_arguments import NARROWEST, Described, HopperForm, arriving, described, processors
 from .hopper_prepare import PIECES, prepare_kernel
 from .hopper_tile import LOG2E
-from .interface import Arrival, Departure
+from .interface import Arrival, Part
 from .launching import Constants, launch
 from .segments import Segments
 from .tiles import Work, key_tiles, to_device
 from .triton_arguments import addressable, block_width, strides
 from .triton_launch import positive, section
+from .triton_settling import table_of
 from .turns import Turns, turns_of
 
 __all__ = ["backward", "begin"]
@@ -32,7 +34,6 @@ KEYS, BLOCK, ROWS = (size.value for size in (hopper_backward.KEYS, hopper_walk.B
 PREPARED = 32  # rows of a program of `prepare_kernel`
 NONE = (0,)  # the shape of nothing
 BEGINNING = 1.2  # what a program takes besides its blocks, in blocks of one head
-TRAVEL = 0.08  # how long gradients of a tile are under way to where they belong, in blocks of one head: NVLink
 PATIENCE = 7  # when sums are ordered, so many times the tiles of a head at work are at most the blocks that one walks
 
 
@@ -63,20 +64,21 @@ def backward(
     out_dtype: torch.dtype | None = None,
     pieces: Described | None = None,
     arrival: Arrival | None = None,
-    departure: Departure | None = None,
+    homes: Sequence[Part] = (),
+    kept: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from
-    `begin`, and then no delta. With `arrival` and `departure` see `HopperKernel.backward`.
+    `begin`, and then no delta. With `arrival`, `homes` and `kept` see `HopperKernel.backward`.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     """
     batch, rows, heads, d = q.shape
-    _, keys, groups, e = v.shape
-    keys += 0 if arrival is None else arrival.slot - keys + arrival.k.shape[1]
+    _, own, groups, e = v.shape
+    keys = own if arrival is None else arrival.slot + arrival.k.shape[1]
     group, units = heads // groups, batch * groups
     scale = positive(scale)
     width = max(NARROWEST, block_width(max(d, e)))
-    far = None if arrival is None else (arrival.slot, k.shape[1])
+    far = None if arrival is None else (arrival.slot, own)
     work, longest, blocks = segments.derive((lower, keys, far), lambda s: lower(s, keys, far))
     running = dk is not None or dv is not None
     tiles = work.busy if running else work.tiles.shape[0]
@@ -85,24 +87,25 @@ def backward(
     reread = min(rows, longest * BLOCK) * group * ((d + e) * q.element_size() + 4 * d)  # bytes of q, dout and dq
     side = shares * side_by_side(units, reread, least)
     shape = tiles, units * shares, side, processors(q.device)
-    told = None if arrival is None else (arrival.slot, *arrival.flags.shape, batch, groups, shares)
-    order, runs, wanted, *turns = segments.derive(
-        (backward, keys, *shape, told, deterministic, q.device),
-        lambda _: placed(work, shape, group // shares, told, deterministic, q.device),
+    flags = None if arrival is None else (arrival.slot, arrival.flags.shape[1], batch, groups)
+    order, runs, *turns = segments.derive(
+        (backward, keys, *shape, flags, deterministic, q.device),
+        lambda _: placed(work, shape, shares, group // shares, flags, deterministic, q.device),
     )
     onto = running or shares > 1
     if pieces is None:
         dq, pieces = begin(q, v, lse, delta, scale, dq)
     assert dq is not None
     cells = -(-rows // BLOCK)
-    counters, zero_dk, zero_dv = all_zero(
+    counters, shared, zero_dk, zero_dv = all_zero(
         q.device,
         (batch * heads * cells if deterministic else 0,),
-        (batch, keys, groups, d) if dk is None and onto else NONE,
-        (batch, keys, groups, e) if dv is None and onto else NONE,
+        (order.shape[0] if homes and shares > 1 else 0,),
+        (batch, own, groups, d) if dk is None and onto else NONE,
+        (batch, own, groups, e) if dv is None and onto else NONE,
     )
     dk, dv = (
-        (zero if onto else q.new_empty(batch, keys, groups, columns, dtype=out_dtype or torch.float32))
+        (zero if onto else q.new_empty(batch, own, groups, columns, dtype=out_dtype or torch.float32))
         if total is None
         else total
         for columns, total, zero in ((d, dk, zero_dk), (e, dv, zero_dv))
@@ -116,12 +119,13 @@ def backward(
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
             *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
-            *arriving(arrival, KEYS, width), wanted, *(departure or (None, None)),
+            *arriving(arrival, KEYS, width), addresses(homes, q.device, kept), shared.view(torch.int32),
         ),
         (),
         (
             ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("ADD", onto),
-            ("ORDERED", deterministic), ("WAIT", arrival is not None), ("num_warps", 4), ("maxnreg", 128),
+            ("ORDERED", deterministic), ("D", d), ("E", e), ("WAIT", arrival is not None),
+            ("num_warps", 4), ("maxnreg", 128),
         ),
     )  # fmt: skip
     for total, x in zip((dq, dk, dv), sums, strict=True):
@@ -177,13 +181,20 @@ def lower(segments: Segments, keys: int, far: tuple[int, int] | None = None) -> 
     return Lowered(work, int(blocks.max(initial=0)), int(blocks.sum()))
 
 
+def addresses(homes: Sequence[Part], device: torch.device, kept: dict[Any, Any] | None) -> Tensor | None:
+    """Of each source, where gradients of its keys belong: `hopper_backward.deliver`."""
+    if not homes:
+        return None
+    assert all(x.is_contiguous() and x.dtype == torch.float32 for part in homes for x in (part.dk, part.dv))
+    found = tuple((part.dk.data_ptr(), part.dv.data_ptr(), part.dk.shape[1]) for part in homes)
+    return table_of(found, device, kept)
+
+
 class Placed(NamedTuple):
-    """Tables on the device: who does what, in this order; the runs; how many programs have each flag, int32 [sources,
-    flags], if there are any; turns, if there are any."""
+    """Tables on the device: who does what, in this order; the runs; turns, if there are any."""
 
     order: Tensor
     runs: Tensor
-    wanted: Tensor | None
     visits: Tensor
     turns: Tensor
 
@@ -191,27 +202,25 @@ class Placed(NamedTuple):
 def placed(
     work: Work,
     shape: tuple[int, int, int, int],
+    shares: int,
     share: int,
-    told: tuple[int, ...] | None,
+    flags: tuple[int, int, int, int] | None,
     ordered: bool,
     device: torch.device,
 ) -> Placed:
-    """What a launch reads, of programs that take so many heads each. `told`: the slot, sources, flags, sequences,
-    key/value heads and programs for each of these, where keys are on their way."""
-    if told is None:
-        wanted, queued = None, queue(work, BLOCK, *shape, BEGINNING / share)
+    """What a launch reads, of programs that take `share` heads each, `shares` of them a tile. `flags`: the slot, flags
+    of a source, sequences and key/value heads, where keys are on their way."""
+    if flags is None:
+        queued = queue(work, BLOCK, *shape, BEGINNING / share)
     else:
-        slot, sources, flags, batch, groups, shares = told
-        tiles = torch.bincount(work.tiles[:, 0] // slot, minlength=sources + 1)[1:, None]
-        wanted = to_device((tiles * (batch * groups * shares // flags)).int().repeat(1, flags), device)
-        travel = TRAVEL * int(tiles.sum()) * batch * groups / flags / share  # of the last heads' gradients
-        queued = queue(work, BLOCK, *shape, BEGINNING / share, slot, travel)
-        queued.pieces[:, 0] = by_flag(flags, batch, groups, shares)[queued.pieces[:, 0].long()]
+        slot, each, batch, groups = flags
+        queued = queue(work, BLOCK, *shape, BEGINNING / share, slot)
+        queued.pieces[:, 0] = by_flag(each, batch, groups, shares)[queued.pieces[:, 0].long()]
     runs = to_device(work.runs, device)
     turns = Turns(runs, runs)  # not read
     if ordered:
         turns = turns_of(work._replace(tiles=work.tiles[queued.tiles]), BLOCK).to(device)
-    return Placed(to_device(queued.pieces, device), runs, wanted, *turns)
+    return Placed(to_device(queued.pieces, device), runs, *turns)
 
 
 def by_flag(flags: int, batch: int, groups: int, shares: int) -> Tensor:

@@ -32,7 +32,6 @@ from .segments import Segments
 __all__ = [
     "Arrival",
     "Capped",
-    "Departure",
     "Kernel",
     "Part",
     "Three",
@@ -61,7 +60,7 @@ class Part(NamedTuple):
 
 class Arrival(NamedTuple):
     """Keys and values that arrive while the kernel runs: it reads those of a source only once their flag has come. Only
-    a kernel that says so takes this: in `waits` that its forward does, in `tells` that its backward does.
+    a kernel that says so takes this: in `waits` that its forward does, in `delivers` that its backward does.
 
     Segments count keys in slots: the first holds the keys that the kernel is called with, the others these.
     k, v: [B, sources * slot, G, D] and [B, sources * slot, G, E].
@@ -80,18 +79,6 @@ class Arrival(NamedTuple):
     slot: int
     patience_ns: int
     error: Tensor
-
-
-class Departure(NamedTuple):
-    """Gradients of what arrives, that may leave while the kernel runs.
-
-    words: int32 [sources, F], on the device: those of a source and some heads, as in `Arrival.flags`, become its epoch
-        when these heads' dk and dv of the keys of the source are in memory.
-    counts: int32 [sources, F], on the device, zeros; zeros again when the kernel has ended.
-    """
-
-    words: Tensor
-    counts: Tensor
 
 
 class Kernel(Protocol):

@@ -38,7 +38,7 @@ def dense(
         itemsize=2,
         same_node=same_node,
         waits=kernel == "hopper",
-        tells=kernel == "hopper",
+        delivers=kernel == "hopper",
         memory=H200,
     )
 

@@ -29,7 +29,6 @@ from ringattn.rates import HOST, KERNEL_RATES, LAUNCH, MEETING, MEMORY, START, K
 __all__ = ["Choice", "Prediction", "Workload", "choose_executor", "predict"]
 
 RAGGED = 0.06  # of the longest tile of a backward
-LEFT = 0.03  # of a launch, when it has done all that leaves
 TILE, PROCESSORS = 128, 132  # query rows, or keys, that a program works on at a time, and programs
 LONGEST = 1.5  # how much longer than the mean the tiles take that come first
 ROOM = 132 / 126  # how much longer a forward takes that leaves multiprocessors to messages
@@ -52,7 +51,7 @@ class Workload(NamedTuple):
     itemsize: int
     same_node: bool  # ranks reach each other's memory
     waits: bool  # the kernel can wait for keys while it runs
-    tells: bool  # and, while its backward runs, tell which gradients may leave
+    delivers: bool  # and its backward too, and store the gradients of these keys at home
     memory: int  # bytes of a GPU
 
     @property
@@ -156,7 +155,7 @@ def predict(load: Workload) -> Iterator[Prediction]:
             yield predict_pull(load, way)
             for n in groups:
                 yield predict_pull(load, way._replace(flags=True, head_groups=n))
-        for n in groups if load.tells else ():
+        for n in groups if load.delivers else ():
             yield predict_pull(load, Schedule(flags=True, at_once=True, head_groups=n))
 
 
@@ -247,10 +246,8 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
         early = own / 4 if schedule.halves else 0.0
         prepared = load.merge(rank)
         late = max(0.0, come - prepared)
-        if schedule.at_once:  # gradients of the last heads leave when others have little left to do
-            launched = load.launched(rank, own + remote)
-            taken = beside(launched, late + home, "copy engine") + 2 * COPY * schedule.head_groups
-            taken += max(0.0, home / schedule.head_groups - LEFT * launched)
+        if schedule.at_once:
+            taken = beside(load.launched(rank, own + remote), late, "copy engine") + 2 * COPY * schedule.head_groups
         else:
             taken = beside(load.launched(rank, early), late, "copy engine") + load.launched(rank, remote)
             taken += beside(load.launched(rank, own - early), home, "copy engine")
@@ -262,14 +259,15 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
     issued += 3 * copies * schedule.head_groups * HOST["copy"]
     launches = 1 if schedule.at_once else 2 + schedule.halves
     issued_back = HOST["backward"] + launches * 2 * HOST["launch"] + 2 * HOST["travel"]
-    issued_back += 6 * copies * (schedule.head_groups if schedule.at_once else 1) * HOST["copy"]
+    issued_back += copies * (4 * schedule.head_groups if schedule.at_once else 6) * HOST["copy"]
     if forward + backward < SHORT and plan.mask.documents is None:  # documents do not come again
         schedule = schedule._replace(replay=True)
         issued = issued_back = HOST["replay"]
     slot = slot_of(plan) if schedule.flags else None
-    longest = max(remote_axis(plan, rank, slot).length for rank in ranks)  # of which gradients are computed here
+    longest = max(remote_axis(plan, rank, slot).length for rank in ranks)
+    here = 0 if schedule.at_once else longest  # of which gradients lie here before they leave
     most = max(sum(span(plan, rank, s)[1] for rank in ranks if rank != s) for s in ranks)
-    memory = 2 * longest * load.token_bytes + (longest + most) * load.gradient_bytes
+    memory = 2 * longest * load.token_bytes + (here + most) * load.gradient_bytes
     return Prediction("pull", schedule, max(forward, issued), max(backward, issued_back), memory)
 
 

@@ -39,7 +39,6 @@ def replayed(call: Call, tensors: Sequence[Tensor], work: Callable[[], object]) 
 
 
 def with_room_for_branches(schedule: Schedule) -> Schedule:
-    """Nothing is recorded where copies wait for a launch and CUDA has one queue for everything: branches of a graph
-    come in any order, and in one queue the launch could come behind those who wait for it."""
-    alone = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
-    return schedule._replace(replay=schedule.replay and not (alone and schedule.at_once))
+    """Nothing is recorded where CUDA has one queue for everything: branches of a graph come in any order, and in one
+    queue what waits for the other ranks could come before what they wait for."""
+    return schedule._replace(replay=schedule.replay and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1")

@@ -48,7 +48,7 @@ class Schedule(NamedTuple):
     flags: bool = (
         False  # pull: one launch for all keys, that looks itself which have come; else own keys have their own
     )
-    at_once: bool = False  # pull's backward: one launch for all keys, and gradients leave before it ends
+    at_once: bool = False  # pull's backward: one launch for all keys, which delivers gradients
     halves: bool = True  # other backwards: own keys in two launches, while keys come and while gradients go home
     replay: bool = False  # what a call starts is recorded, and started as a whole when its tensors come again
     head_groups: int = 1  # the heads' keys come in so many groups; of gather's, two are held at a time

@@ -7,19 +7,20 @@ journey of the others' gradients home:
     travel    | keys come >>>>> |                     | gradients go home > |
 
 The later half of a causal shard is the lighter one, and keys are half as many bytes as their fp32 gradients. A kernel
-that waits for keys and tells of gradients itself needs one launch only. The sum of dk and dv is fp32 in a fixed order,
+that waits for keys and delivers gradients itself needs one launch only. The sum of dk and dv is fp32 in a fixed order,
 and rounded once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ringattn.executors.axis import within
 from ringattn.executors.call import Call
-from ringattn.kernels.interface import Arrival, Departure, Kernel, Part, Three
+from ringattn.kernels.interface import Arrival, Kernel, Part, Three
 from ringattn.kernels.segments import Segments
 
 __all__ = ["Backward", "delta_of"]
@@ -50,13 +51,10 @@ class Backward:
         )
         return dk.contiguous(), dv.contiguous()
 
-    def all_keys(self, segments: Segments, arrival: Arrival, departure: Departure) -> tuple[Tensor, Tensor]:
-        """Differentiates own keys and the others' in one launch; dk and dv in slots, as kernels that tell return them.
-        Only the others' may be read before the launch has ended, when they are told to be there."""
-        dk, dv = self.differentiate(self.k, self.v, segments, arrival=arrival, departure=departure)
-        own = slice(0, self.k.shape[1])
-        self.own.append(Part(own, dk[:, own], dv[:, own]))
-        return dk, dv
+    def all_keys(self, segments: Segments, arrival: Arrival, homes: Sequence[Part]) -> None:
+        """Differentiates own keys and the others' in one launch, which stores gradients of these at home."""
+        more = {"arrival": arrival, "homes": homes, "kept": self.call.derived}
+        self.own.append(Part(slice(0, self.k.shape[1]), *self.differentiate(self.k, self.v, segments, **more)))
 
     def own_keys(self, keys: slice | None) -> None:
         """Differentiates `self.first` or `self.last`."""

@@ -1,5 +1,5 @@
-"""pull: keys and values come into this rank's memory, and gradients go to their owners', by copy engines; no
-multiprocessor is spent on it.
+"""pull: keys and values come into this rank's memory by copy engines, and gradients go to their owners', straight from
+the kernel that makes them or by copy engines as well; no multiprocessor is spent on either.
 
     forward     compute  | own keys, and each other rank's when its flag is up |           if the kernel can wait,
                 engines  | heads >> heads >> heads >> |
@@ -7,7 +7,7 @@ multiprocessor is spent on it.
                 engines  | keys >>>>>>>>>>>>>>> |
 
     backward    compute  | own keys, and each other rank's when its flag is up | sum |     if the kernel can wait,
-                engines  | heads >> heads >>      | heads go home >> heads >> |            and tell what is done
+                engines  | heads >> heads >> |                                             and deliver gradients
 
                 compute  | own keys, later half | others' keys | own keys, earlier half  | sum |   otherwise
                 engines  | keys >>>>>>>>>>>>>>> |              | gradients go home >>>>> |
@@ -31,16 +31,15 @@ from torch import Tensor
 from ringattn.executors.axis import Axis, Piece, span, spans
 from ringattn.executors.call import Call
 from ringattn.executors.home import Backward
-from ringattn.kernels.interface import Arrival, Departure, Part, Three, accumulate_dtype
+from ringattn.kernels.interface import Arrival, Part, Three, accumulate_dtype
 from ringattn.kernels.segments import NO_WINDOW, Segments
 from ringattn.plan import Plan
-from ringattn.transport.interface import ROWS, WORDS, Await, Mark, Put, Step, Symmetric
+from ringattn.transport.interface import ROWS, WORDS, Mark, Put, Step, Symmetric
 
 __all__ = ["backward", "forward", "region_sizes"]
 
 Pair = tuple[Tensor, Tensor]
-# Rows of words: keys are on their way, or here; gradients are here; flags; gradients may leave; what a kernel counts.
-KEYS, BACK, FLAGS, DONE, COUNTS = range(ROWS)
+KEYS, BACK, FLAGS = range(ROWS)  # rows of words: keys are on their way, or here; gradients are here; flags
 GRADIENTS = 2  # the region after the two for keys
 BLOCK = 128  # keys that a kernel reads at once, at most
 
@@ -109,7 +108,7 @@ class Map:
     when memory moves.
 
     What has come is [B, M, G, D] and [B, M, G, E]. For a launch that waits for flags it comes by groups of heads, of
-    all sources: a tile of queries needs all sources' keys, but of one head, before it is done. So do gradients go.
+    all sources: a tile of queries needs all sources' keys, but of one head, before it is done.
     """
 
     def __init__(self, call: Call, symmetric: Symmetric, k: Tensor, v: Tensor, gradients: bool, slot: int | None):
@@ -123,10 +122,11 @@ class Map:
         self.k, self.v = self.keys(rank)
         self.gaps = [] if slot is None else self.between(axis, gradients)
         self.puts = self.departing()
-        self.flags, self.done, self.counts = (self.table_of(rank, row) for row in (FLAGS, DONE, COUNTS))
+        self.flags = self.flags_of(rank)
         if gradients:
             self.home_poison = symmetric.region(rank, GRADIENTS)
             self.parts = [Part(mine, *self.home(rank, sender)) for sender, mine, _ in homecomings(plan, rank)]
+            self.homes = [Part(piece.place, *self.home(piece.source, rank)) for piece in axis.pieces]
             self.returns = self.returning(axis)
         del self.like
 
@@ -140,15 +140,15 @@ class Map:
         """The word of a rank that is this one's."""
         return Mark(self.symmetric.words(rank)[row, self.call.rank : self.call.rank + 1])
 
-    def table_of(self, rank: int, row: int) -> Tensor:
-        """Words of a rank, [sources, groups], in the order of its axis. One, two, four and eight groups have places of
+    def flags_of(self, rank: int) -> Tensor:
+        """Flags of a rank, [sources, groups], in the order of its axis. One, two, four and eight groups have places of
         their own: while a slow source still sends to this rank in one call, another one may begin the next call, with
         other groups, and its flag must not be taken for the slow one's."""
         sources = self.call.plan.ranks - 1
         each = -(-sources // 4) * 4  # tables begin at multiples of 16 bytes
         place = slice(each * (self.groups - 1), each * (self.groups - 1) + sources * self.groups)
         assert place.stop <= WORDS
-        return self.symmetric.words(rank)[row, place].view(sources, self.groups)
+        return self.symmetric.words(rank)[FLAGS, place].view(sources, self.groups)
 
     def departing(self) -> tuple[Step, ...]:
         """Own keys and values to who looks at them."""
@@ -160,7 +160,7 @@ class Map:
                 pieces = remote_axis(plan, peer, self.slot).pieces
                 place = next(index for index, piece in enumerate(pieces) if piece.source == me)
                 puts += self.put(peer, pieces[place], self.heads(group))
-                flag = self.table_of(peer, FLAGS)[place, group : group + 1]
+                flag = self.flags_of(peer)[place, group : group + 1]
                 puts.append(Mark(flag) if waits else self.word(peer, KEYS))
         return tuple(puts)
 
@@ -191,28 +191,14 @@ class Map:
         return views(memory, dtype, (k.shape[0], length, *k.shape[2:]), (v.shape[0], length, *v.shape[2:]))
 
     def returning(self, axis: Axis) -> tuple[Step, ...]:
-        """Gradients of the others' keys to their owners; if the kernel tells, as soon as a group of heads is done."""
+        """Gradients of the others' keys to their owners, unless the kernel has stored them there, and that they are
+        there."""
         puts: list[Step] = []
-        for group in range(self.groups):
-            for index, piece in enumerate(axis.pieces):
-                if piece.stop > piece.start:
-                    if self.slot is not None:
-                        puts.append(Await(self.done[index, group : group + 1]))
-                    puts += self.put_back(piece, group)
-                if group == self.groups - 1:
-                    puts.append(self.word(piece.source, BACK))
+        for piece, part in zip(axis.pieces, self.homes, strict=True):
+            if self.slot is None and piece.stop > piece.start:
+                puts += [Put(home, number, (slice(None), piece.place)) for number, home in enumerate(part[1:])]
+            puts.append(self.word(piece.source, BACK))
         return tuple(puts)
-
-    def put_back(self, piece: Piece, group: int) -> list[Put]:
-        """Copies of the gradients of a source's keys and values, of one group of heads."""
-        heads = self.heads(group)
-        first = piece.base + (self.slot or 0)  # on the axis that the kernel has
-        keys = slice(first, first + piece.stop - piece.start)
-        return [
-            Put(home[batch, :, heads], number, (batch, keys, heads))
-            for number, home in enumerate(self.home(piece.source, self.call.rank))
-            for batch in range(home.shape[0])
-        ]
 
     def heads(self, group: int) -> slice:
         """The key/value heads of a group."""
@@ -296,8 +282,8 @@ def backward(
     there.bring(k, v)
     work = Backward(call, dout, q, k, v, out, lse, dlse)
     if call.schedule.at_once:
-        grads = work.all_keys(there.segments, there.arrival(), Departure(there.done, there.counts))
-        symmetric.follow(there.returns, grads)
+        work.all_keys(there.segments, there.arrival(), there.homes)
+        symmetric.copy(there.returns)
     else:
         work.own_keys(work.first)
         symmetric.hear(KEYS, there.poison)

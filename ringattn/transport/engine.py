@@ -1,7 +1,7 @@
 """What symmetric memory asks of CUDA and torch has no call for, or a slow one: each of these starts no kernel.
 
     put         cudaMemcpy(2D)Async: a copy engine carries a part of a tensor to where it belongs
-    mark, wait  cuStreamBatchMemOp: words that say how far a stream has come, or that it waits for
+    mark        cuStreamBatchMemOp: words that say how far a stream has come
     Recording   a CUDA graph of a whole call, whose words are others at each start
 
 Source: cuda.bindings, which torch on CUDA brings.
@@ -30,7 +30,7 @@ class Engine:
 
         self.driver, self.runtime = driver, runtime
         self.any_direction = runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self.recorded: list[tuple[Any, list[Any]]] | None = None  # nodes with words, and what they do with these
+        self.recorded: list[tuple[Any, list[Any]]] | None = None  # nodes that write words, and what they write
 
     def enter(self) -> None:
         """Makes CUDA usable in a thread that has not used it yet, as autograd's may not have: torch and the runtime do
@@ -55,65 +55,52 @@ class Engine:
 
     def mark(self, words: Tensor) -> Operation:
         """Writes words of 32 bits, once all that the stream holds is visible."""
-        kind = self.driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
-        return self.with_words([self.word(x, kind) for x in places(words)])
+        writes = [self.write(words.data_ptr() + 4 * index) for index in range(words.numel())]
 
-    def wait(self, words: Tensor) -> Operation:
-        """Lets the stream wait until words of 32 bits, which may wrap around, have come so far."""
-        kind = self.driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
-        return self.with_words([self.word(x, kind) for x in places(words)])
-
-    def with_words(self, words: list[Any]) -> Operation:
         def run(_bases: Sequence[int], count: int, stream: int) -> None:
-            for word in words:
-                word.writeValue.value = count
-            checked(self.driver.cuStreamBatchMemOp(stream, len(words), words, 0))
+            for write in writes:
+                write.writeValue.value = count
+            checked(self.driver.cuStreamBatchMemOp(stream, len(writes), writes, 0))
             if self.recorded is not None:
                 node = checked(self.driver.cuStreamGetCaptureInfo(stream))[4][-1]
-                self.recorded.append((node, words))
+                self.recorded.append((node, writes))
 
         return run
 
-    def word(self, address: int, kind: Any) -> Any:
-        """What is done with a word. Parameters of waits and of writes are a union, field by field; without flags a wait
-        is for at least the value."""
-        word = self.driver.CUstreamBatchMemOpParams()
-        word.operation = word.writeValue.operation = kind
-        word.writeValue.address = self.driver.CUdeviceptr(address)
-        return word
+    def write(self, address: int) -> Any:
+        kind = self.driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+        write = self.driver.CUstreamBatchMemOpParams()
+        write.operation = write.writeValue.operation = kind
+        write.writeValue.address = self.driver.CUdeviceptr(address)
+        return write
 
 
 class Recording:
     """What a call starts, as a CUDA graph, and the words written in it, which are others at each call."""
 
-    def __init__(self, driver: Any, graph: torch.cuda.CUDAGraph, nodes: Sequence[tuple[Any, list[Any]]]):
+    def __init__(self, driver: Any, graph: torch.cuda.CUDAGraph, marks: Sequence[tuple[Any, list[Any]]]):
         self.driver, self.graph = driver, graph  # the graph keeps its memory
         self.context = checked(driver.cuCtxGetCurrent())[1]
         self.started = checked(driver.cuGraphInstantiate(graph.raw_cuda_graph(), 0))[1]
-        self.nodes = [(node, words, self.parameters(words)) for node, words in nodes]
+        self.marks = [(node, writes, self.parameters(writes)) for node, writes in marks]
 
-    def parameters(self, words: list[Any]) -> Any:
+    def parameters(self, writes: list[Any]) -> Any:
         found = self.driver.CUDA_BATCH_MEM_OP_NODE_PARAMS()
-        found.ctx, found.count, found.paramArray, found.flags = self.context, len(words), words, 0
+        found.ctx, found.count, found.paramArray, found.flags = self.context, len(writes), writes, 0
         return found
 
     def start(self, count: int, stream: int) -> None:
         """Everything, on a stream, as the call of this number."""
         driver = self.driver
-        for node, words, parameters in self.nodes:
-            for word in words:
-                word.writeValue.value = count
-            parameters.paramArray = words
+        for node, writes, parameters in self.marks:
+            for write in writes:
+                write.writeValue.value = count
+            parameters.paramArray = writes
             checked(driver.cuGraphExecBatchMemOpNodeSetParams(self.started, node, parameters))
         checked(driver.cuGraphLaunch(self.started, stream))
 
     def __del__(self) -> None:
         self.driver.cuGraphExecDestroy(self.started)
-
-
-def places(words: Tensor) -> list[int]:
-    """The address of each."""
-    return [words.data_ptr() + 4 * index for index in range(words.numel())]
 
 
 def checked(answer: tuple) -> tuple:

@@ -14,7 +14,6 @@ from torch import Tensor
 __all__ = [
     "ROWS",
     "WORDS",
-    "Await",
     "Mark",
     "Message",
     "Move",
@@ -56,15 +55,8 @@ class Mark(NamedTuple):
     words: Tensor  # [n] int32, of `Symmetric.words`
 
 
-class Await(NamedTuple):
-    """Words of this rank, which a launch under way sets: what is put behind them waits until they are the number of
-    calls."""
-
-    words: Tensor  # [n] int32, of `Symmetric.words`
-
-
-Step = Put | Mark | Await
-ROWS, WORDS = 5, 2048  # of each rank, that copies can mark and kernels set: rows, and words in a row
+Step = Put | Mark
+ROWS, WORDS = 3, 2048  # of each rank, that copies can mark: rows, and words in a row
 
 
 class TransportError(RuntimeError):
@@ -132,12 +124,8 @@ class Symmetric(Protocol):
         ...
 
     def copy(self, puts: Sequence[Step], tensors: Sequence[Tensor] = ()) -> None:
-        """Starts to put parts of some tensors, as the compute so far has left them, where they belong."""
-        ...
-
-    def follow(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> None:
-        """Like `copy`, but what is put waits for words of this rank only (`Await`), not for the compute so far: of what
-        a launch that is under way makes, parts can leave before it ends. To be called after the launch."""
+        """Starts to put parts of some tensors, as the compute so far has left them, where they belong; what it has
+        itself stored in regions is there when words are marked."""
         ...
 
     def hear(self, row: int, poison: Tensor) -> None:

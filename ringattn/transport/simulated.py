@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ringattn.transport.interface import ROWS, WORDS, Await, Mark, Message, Move, Step, TransportError
+from ringattn.transport.interface import ROWS, WORDS, Mark, Message, Move, Step, TransportError
 from ringattn.transport.virtual_time import Clock
 
 __all__ = ["Network", "SimulatedTransport", "simulate"]
@@ -207,15 +207,7 @@ class SimulatedTransport:
 
     def copy(self, puts: Sequence[Step], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""
-        self.follow(puts, tensors)
-
-    def follow(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> None:
-        """See `Symmetric.follow`; here the launch is over, and must have set the words."""
         for put in puts:
-            if isinstance(put, Await):
-                assert self.owner(put.words) == self.rank
-                assert put.words.eq(self.calls).all(), "nobody sets the words that copies wait for"
-                continue
             if isinstance(put, Mark):
                 mark, count = put.words, self.calls
                 fill = self.filling(mark, torch.tensor(count))

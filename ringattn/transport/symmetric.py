@@ -2,12 +2,10 @@
 
     copy        cudaMemcpy(2D)Async from this GPU into the others, on a stream of its own: copy engines, no
                 multiprocessor; words of theirs are written behind the copies
-    follow      the same, where that stream waits for words which a kernel under way sets
     hear        a kernel of one warp looks at words of this rank's, until the deadline (`await_kernel.py`)
 
-Words hold the number of a call and are never reset, but for those that a kernel counts in. Nothing else here waits for
-another rank once the memory is mapped. A copy within one GPU would run on its multiprocessors, so nothing is copied
-that stays here.
+Words hold the number of a call and are never reset. Nothing else here waits for another rank once the memory is mapped.
+A copy within one GPU would run on its multiprocessors, so nothing is copied that stays here.
 Source: torch.distributed._symmetric_memory, which maps the memory.
 """
 
@@ -27,7 +25,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringattn.transport.engine import Engine, Operation, Recording
-from ringattn.transport.interface import ROWS, WORDS, Mark, Put, Step, TransportError
+from ringattn.transport.interface import ROWS, WORDS, Put, Step, TransportError
 
 __all__ = ["SymmetricMemory", "node"]
 
@@ -195,10 +193,6 @@ class SymmetricMemory:
         """See `Symmetric.copy`."""
         self.start.record(self.compute)
         self.engines.wait_event(self.start)
-        self.follow(puts, tensors)
-
-    def follow(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> None:
-        """See `Symmetric.follow`. Streams may share a queue, in which a launch must come before who waits for it."""
         self.leaving.append(tensors)
         bases, count, stream = [x.data_ptr() for x in tensors], self.calls, self.engines.cuda_stream
         for operation in self.lowered(puts, tensors):
@@ -218,9 +212,7 @@ class SymmetricMemory:
         return known[1]
 
     def operation(self, x: Step, tensors: Sequence[Tensor]) -> Operation:
-        if isinstance(x, Put):
-            return self.engine.put(x, tensors)
-        return self.engine.mark(x.words) if isinstance(x, Mark) else self.engine.wait(x.words)
+        return self.engine.put(x, tensors) if isinstance(x, Put) else self.engine.mark(x.words)
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""

@@ -29,7 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ringattn.kernels import hopper_backward_launch, hopper_forward_launch, triton_launch, triton_settling
-from ringattn.kernels.interface import Arrival, Departure, Part
+from ringattn.kernels.interface import Arrival, Part
 from ringattn.kernels.segments import NO_WINDOW, Segment, Segments
 from ringattn.kernels.tuning import LONG
 from ringattn.transport.await_kernel import await_kernel
@@ -96,7 +96,7 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
             hopper_backward_launch.backward(*inputs, None, None, None, deterministic)
             hopper_backward_launch.backward(*inputs, dq, dk, dv, deterministic)
             hopper_backward_launch.backward(*inputs, None, None, None, deterministic, dtype)
-            on_their_way = {"arrival": arrival, "departure": Departure(flags, flags)}
+            on_their_way = {"arrival": arrival, "homes": [own]}
             hopper_backward_launch.backward(*inputs, None, None, None, deterministic, **on_their_way)
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from ringattn.kernels.hopper import HopperKernel
-from ringattn.kernels.interface import Arrival, Departure
+from ringattn.kernels.interface import Arrival, Part
 from ringattn.kernels.segments import Segment, Segments
 
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH')}{os.pathsep}/usr/local/cuda/bin")
@@ -87,12 +87,13 @@ def main() -> None:
             backward(dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic)
         near_k, far_k, near_v, far_v = (x.contiguous() for whole in (k, v) for x in whole.split([SLOT, keys - SLOT], 1))
         for late in (False, True):
-            flags, words, counts = torch.zeros(3, 1, 2, dtype=torch.int32, device="cuda")
+            flags = torch.zeros(1, 2, dtype=torch.int32, device="cuda")
+            home = Part(slice(0, keys - SLOT), *torch.empty(2, 1, keys - SLOT, 2, d, device="cuda"))
             epoch, error = torch.full((1,), late, dtype=torch.int32, device="cuda"), torch.zeros_like(flags[0, :1])
             begun = kernel.begin(dout, q, v, out, lse, None, scale=0.1)
             arrival = Arrival(far_k, far_v, flags, epoch, SLOT, 1, error)
             inputs = dout, q, near_k, near_v, out, lse, None, segments
-            kernel.backward(*inputs, scale=0.1, **begun, arrival=arrival, departure=Departure(words, counts))
+            kernel.backward(*inputs, scale=0.1, **begun, arrival=arrival, homes=[home])
         torch.cuda.synchronize()
     print(DONE)
 

@@ -93,8 +93,8 @@ def test_every_piece_queues_once(seed):
     rows, keys, block, step = draw.randint(1, 60), draw.randint(1, 60), draw.choice([4, 16]), draw.choice([4, 16])
     work, heads = key_tiles(cut(rows, keys, draw), keys, block, step), draw.choice([1, 4, 6])
     side = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
-    leaving = draw.choice([NO_WINDOW, keys // 2 // block * block, 0])
-    queued = queue(work, step, len(work.tiles), heads, side, 3, leaving=leaving, travel=9.0)
+    far = draw.choice([NO_WINDOW, keys // 2 // block * block, 0])
+    queued = queue(work, step, len(work.tiles), heads, side, 3, far=far)
     tiles = work.tiles[queued.tiles].tolist()
     assert sorted(tiles) == sorted(work.tiles.tolist())
     assert len(queued.pieces) == heads * len(tiles)
@@ -134,12 +134,11 @@ def test_orders_use_the_cache_less_and_less():
         assert heads_in_turn(long, 3 * side) == heads_in_turn((narrow, wide)[side // 4], 4 * side)
 
 
-def test_what_travels_is_done_in_time():
-    """A long tile, and three short ones that leave something: if that takes a while, the long one has to wait."""
-    work = query_tiles(Segments([Segment(0, 4, 0, 16, 1 << 20), Segment(4, 12, 0, 4, 1 << 20)]), 16, 4, 4)
-    for travel, long in ((0.0, 0), (9.0, 3)):
-        pieces = queue(work, 4, 4, 1, 1, 2, leaving=4, travel=travel).pieces
-        assert pieces[long, 1] == 0
+def test_what_walks_alike_comes_first_unless_the_end_is_later():
+    """Far keys after own ones that are as long, and after a long one, before which they would hold up the end."""
+    for long, first in ((4, 4), (16, 0)):
+        work = query_tiles(Segments([Segment(0, 4, 0, long, 1 << 20), Segment(4, 12, 0, 4, 1 << 20)]), 16, 4, 4)
+        assert queue(work, 4, 4, 1, 1, 2, far=4).pieces[0, 1] == first
 
 
 def test_sections_stay_narrow_unless_that_takes_longer():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ringattn.kernels.interface import Arrival, Departure
+from ringattn.kernels.interface import Arrival, Part
 from ringattn.kernels.segments import Segment, Segments
 
 pytest.importorskip("triton")
@@ -59,8 +59,8 @@ def test_every_row_of_every_head_once(heads: int, groups: int, d: int, together:
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("batch", "heads", "groups"), [(1, 8, 2), (2, 6, 2), (1, 64, 8)])
 def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pytest.MonkeyPatch):
-    """Every tile of own keys and of the others', for all heads, once; those of a flag are counted; whoever waits for
-    turns waits for tiles that come before."""
+    """Every tile of own keys and of the others', for all heads, once; who shares one comes right behind who stores it
+    first; whoever waits for turns waits for tiles that come before."""
     from ringattn.kernels import hopper_backward_launch
 
     launches = []
@@ -73,15 +73,20 @@ def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pyt
     words = torch.zeros(2, groups, dtype=torch.int32)
     arrival = Arrival(far_k, far_v, words, words[:1, 0], slot, 1, words[:1, 0])
     inputs = dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic
-    _, dk, dv = hopper_backward_launch.backward(*inputs, arrival=arrival, departure=Departure(words, words))
-    assert dk.shape == dv.shape == (batch, slot + far, groups, 128)
+    homes = [Part(slice(0, n), *torch.empty(2, batch, n, groups, 128)) for n in (200, 300)]
+    _, dk, dv = hopper_backward_launch.backward(*inputs, arrival=arrival, homes=homes)
+    assert dk.shape == dv.shape == k.shape
     _, (_, _, (programs, _, _), arguments, _, constants) = launches
     assert dict(constants)["WAIT"]
-    order, wanted = arguments[10].tolist(), arguments[26]
+    order, addresses, shared = arguments[10].tolist(), arguments[26], arguments[27]
     assert len(order) == programs
     keys, shares = (*range(0, 1024, 128), 1280, 1408, 2560, 2688, 2816), heads // groups // dict(constants)["SHARE"]
     assert sorted(row[:2] for row in order) == [[unit, key] for unit in range(batch * groups * shares) for key in keys]
-    assert wanted.tolist() == [[batch * shares * 2] * groups, [batch * shares * 3] * groups]
+    assert addresses.tolist() == [[part.dk.data_ptr(), part.dv.data_ptr(), part.dk.shape[1]] for part in homes]
+    assert shared.numel() == (programs if shares > 1 else 0)
+    pairs = zip(order[::shares], order[shares - 1 :: shares], strict=True)
+    assert all(second[:2] == [first[0] + shares - 1, first[1]] for first, second in pairs)
+    assert all(unit % shares == i % shares for i, (unit, *_) in enumerate(order))
     assert [unit // shares % groups for unit, key, *_ in order if key == 0] == sorted([*range(groups)] * batch * shares)
     if deterministic:
         runs, visits, turns = (x.tolist() for x in arguments[11:14])

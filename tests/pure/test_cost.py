@@ -15,7 +15,7 @@ def workload(tokens: int, ranks: int, **changed) -> Workload:
         "memory": 141 * 10**9,
         "kernel": "triton",
         "waits": False,
-        "tells": False,
+        "delivers": False,
     } | changed
     return Workload(plan, batch=1, q_heads=32, kv_heads=8, head_dim=128, v_head_dim=128, itemsize=2, **given)
 
@@ -40,11 +40,11 @@ def test_the_choice_is_among_the_least_predictions_the_smallest(tokens, ranks):
         assert choose_executor(named, load).executor == named
 
 
-def test_one_launch_where_the_kernel_waits_and_tells():
+def test_one_launch_where_the_kernel_waits_and_delivers():
     for tokens in (2048, 8192, 32768):
-        load = workload(tokens, 2, kernel="hopper", waits=True, tells=True)
+        load = workload(tokens, 2, kernel="hopper", waits=True, delivers=True)
         assert choose_executor("auto", load).schedule[:2] == (True, True)
-        assert not choose_executor("auto", load._replace(tells=False)).schedule.at_once
+        assert not choose_executor("auto", load._replace(delivers=False)).schedule.at_once
 
 
 def test_the_longest_tile_of_a_backward():

@@ -231,7 +231,7 @@ def test_memory_keeps_to_what_is_foretold(executor, ranks):
         return buffers.nbytes + sum(region.numel() for region in transport.regions)
 
     shape = 1, heads, heads, head_dim, head_dim, 4
-    load = Workload(plan, "reference", *shape, same_node=True, waits=False, tells=False, memory=1)
+    load = Workload(plan, "reference", *shape, same_node=True, waits=False, delivers=False, memory=1)
     name = module.__name__.split(".")[-1]
     way = name, schedule._replace(halves=True)
     foretold = next(x.memory for x in predict(load) if (x.executor, x.schedule._replace(replay=False)) == way)
