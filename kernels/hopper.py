@@ -98,7 +98,8 @@ class HopperKernel(TritonKernel):
 
         With `arrival`, dk and dv are those of own keys. `homes` are where gradients of each source's keys belong, of
         the first ones in its slot: contiguous, in fp32, and possibly another GPU's memory. They are there when the
-        launch is over; what follows from keys that have not come in time is NaN. `kept`: see `settled`."""
+        launch is over, those of every 128 keys of which any is seen; what follows from keys that have not come in time
+        is NaN. `kept`: see `settled`."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         how = self.in_order, out_dtype, pieces, arrival, homes, kept

@@ -8,7 +8,6 @@ from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,18 +164,15 @@ class Lowered(NamedTuple):
 def lower(segments: Segments, keys: int, far: tuple[int, int] | None = None) -> Lowered:
     """In the tile that reaches past the end no block counts as seen whole, so that those keys have a mask which are not
     there: they are zeros, and P of a zero need not be finite. `far`: keys are in slots so long, and so many are in the
-    first; tiles behind these, and behind the last key that is seen of another slot, are left out."""
+    first; tiles behind these, and those of other slots in which nothing is seen, are left out."""
     work = key_tiles(segments, keys, KEYS, BLOCK)
     for key0, begin, end in work.tiles.tolist():
         if key0 + KEYS > keys:
             work.runs[begin:end, 3] = work.runs[begin:end, 2]
     if far is not None:
         slot, own = far
-        first = work.tiles[:, 0].numpy()
-        last = np.full(-(-keys // slot), -1)
-        np.maximum.at(last, first[: work.busy] // slot, first[: work.busy])
-        last[0] = own - 1
-        work = work._replace(tiles=work.tiles[torch.from_numpy(first <= last[first // slot])])
+        first, seen = work.tiles[:, 0], torch.arange(len(work.tiles)) < work.busy
+        work = work._replace(tiles=work.tiles[(first < own) | (first >= slot) & seen])
     blocks = work.blocks(BLOCK)
     return Lowered(work, int(blocks.max(initial=0)), int(blocks.sum()))
 

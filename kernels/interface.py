@@ -200,7 +200,7 @@ def settled(
     Args:
         dq: [B, L, H, D]; may lie in any order.
         own: gradients of all keys of a shard, in one part or two, those of each sequence contiguous; may be written to.
-        parts: what is added to them, in this order, contiguous.
+        parts: what is added to them, in this order; those of each sequence contiguous.
         into: where the results are to be, contiguous.
         kept: where a kernel keeps what follows from where parts lie, for the next time.
     """

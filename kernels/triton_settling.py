@@ -46,16 +46,22 @@ def settled(
     table = table_of(tuple(place(part, first) for part in parts), dq.device, kept) if parts else None
     tensors = dq, dk, dv, late_k, late_v, first.dk, first.dv, table, new_q, new_k, new_v
     cut = own[0].keys.stop
-    apart = dk.stride(0) // (dk.shape[2] * dk.shape[3]) if dk.shape[0] > 1 else cut
-    numbers = *blocks, dq.shape[0], dq.shape[1], keys, cut, apart, len(parts)
+    numbers = *blocks, dq.shape[0], dq.shape[1], keys, cut, apart(own[0]), len(parts)
     launch(settling_kernel, dq.device, grid, (*tensors, *numbers), (strides(dq),), constants)
     return new_q, new_k, new_v
 
 
-def place(part: Part, first: Part) -> tuple[int, int, int, int]:
-    """Which keys, and how far in memory from the first part, in numbers."""
+def place(part: Part, first: Part) -> tuple[int, ...]:
+    """Which keys, how many there are from one sequence to the next, and how far in memory from the first part, in
+    numbers."""
     far_k, far_v = part.dk.data_ptr() - first.dk.data_ptr(), part.dv.data_ptr() - first.dv.data_ptr()
-    return part.keys.start, part.keys.stop, far_k // first.dk.element_size(), far_v // first.dv.element_size()
+    far = far_k // first.dk.element_size(), far_v // first.dv.element_size()
+    return part.keys.start, part.keys.stop, apart(part), *far
+
+
+def apart(part: Part) -> int:
+    """How many keys lie from one sequence to the next."""
+    return part.dk.stride(0) // (part.dk.shape[2] * part.dk.shape[3])
 
 
 def table_of(found: tuple[tuple[int, ...], ...], device: torch.device, kept: dict[Any, Any] | None) -> Tensor:
@@ -88,8 +94,8 @@ def settling_kernel(
 
     dk [BATCH, CUT, GROUPS, D] are the gradients of the first CUT keys, of a sequence so many keys APART from the one
     before; late_k those of the others. Each of PARTS parts [BATCH, stop - start, GROUPS, D] is added to those of the
-    keys from start on; `table` says start, stop, and how far the part is from parts_k and parts_v; None if there are no
-    parts.
+    keys from start on; `table` says start, stop, how many keys its sequences are apart, and how far it is from parts_k
+    and parts_v; None if there are no parts.
     """
     block = tl.program_id(0)
     if block < ROW_BLOCKS:
@@ -99,10 +105,10 @@ def settling_kernel(
         tl.store(dq_out + o_row[:, None] * D + o_d, tl.load(p_x, mask=inside).to(dq_out.dtype.element_ty), mask=inside)
     elif block < ROW_BLOCKS + KEY_BLOCKS:
         block -= ROW_BLOCKS
-        add_up(dk, late_k, parts_k, table, dk_out, block, BATCH, KEYS, CUT, APART, PARTS, 2, GROUPS, D, BLOCK, BLOCK_D)
+        add_up(dk, late_k, parts_k, table, dk_out, block, BATCH, KEYS, CUT, APART, PARTS, 3, GROUPS, D, BLOCK, BLOCK_D)
     else:
         block -= ROW_BLOCKS + KEY_BLOCKS
-        add_up(dv, late_v, parts_v, table, dv_out, block, BATCH, KEYS, CUT, APART, PARTS, 3, GROUPS, E, BLOCK, BLOCK_E)
+        add_up(dv, late_v, parts_v, table, dv_out, block, BATCH, KEYS, CUT, APART, PARTS, 4, GROUPS, E, BLOCK, BLOCK_E)
 
 
 @triton.jit
@@ -119,9 +125,9 @@ def add_up(
     b_x = tl.load(p_x, mask=inside & early, other=0.0) + tl.load(p_late, mask=inside & ~early, other=0.0)
     if table is not None:
         for i in range(PARTS):
-            start, stop = tl.load(table + 4 * i), tl.load(table + 4 * i + 1)
-            base = tl.load(table + 4 * i + COLUMN)
-            p_part = parts + base + (((i_b * (stop - start) + i_key - start) * HEADS + i_h) * D)[:, None] + o_d
+            start, stop, apart = tl.load(table + 5 * i), tl.load(table + 5 * i + 1), tl.load(table + 5 * i + 2)
+            base = tl.load(table + 5 * i + COLUMN)
+            p_part = parts + base + (((i_b * apart + i_key - start) * HEADS + i_h) * D)[:, None] + o_d
             b_x += tl.load(p_part, mask=inside & ((i_key >= start) & (i_key < stop))[:, None], other=0.0)
     tl.store(out + o_row[:, None] * D + o_d, b_x.to(out.dtype.element_ty), mask=inside)
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +86,22 @@ def homecomings(plan: Plan, rank: int) -> list[tuple[int, slice, int]]:
     return plan.derive(("homecomings", rank), build)
 
 
+def delivered(plan: Plan, sender: int, owner: int) -> list[tuple[int, int]]:
+    """Stretches (start, stop) of an owner's keys of which a sender has gradients: blocks, counted from the first key
+    that it sees, in which it sees any. Between them nothing is written."""
+
+    def build() -> list[tuple[int, int]]:
+        start, stop = span(plan, sender, owner)
+        _, _, k_start, k_len, _, _ = plan.segments(sender, owner).table.T
+        changes = np.zeros(2 - (start - stop) // BLOCK, int)
+        np.add.at(changes, (k_start - start) // BLOCK, 1)
+        np.add.at(changes, 1 + (k_start + k_len - 1 - start) // BLOCK, -1)
+        edges = np.flatnonzero(np.diff(np.cumsum(changes) > 0, prepend=False))
+        return [(start + BLOCK * first, min(start + BLOCK * end, stop)) for first, end in edges.reshape(-1, 2).tolist()]
+
+    return plan.derive(("delivered", sender, owner, BLOCK), build)
+
+
 def region_sizes(plan: Plan, k: Tensor, v: Tensor, gradients: bool, slot: int | None = None) -> tuple[int, int, int]:
     """Bytes of each region, the same on all ranks: the longest axis, twice, and the most gradients."""
 
@@ -125,7 +142,8 @@ class Map:
         self.flags = self.flags_of(rank)
         if gradients:
             self.home_poison = symmetric.region(rank, GRADIENTS)
-            self.parts = [Part(mine, *self.home(rank, sender)) for sender, mine, _ in homecomings(plan, rank)]
+            parts = ((sender, Part(mine, *self.home(rank, sender))) for sender, mine, _ in homecomings(plan, rank))
+            self.parts = [part.within(*keys) for sender, part in parts for keys in delivered(plan, sender, rank)]
             self.homes = [Part(piece.place, *self.home(piece.source, rank)) for piece in axis.pieces]
             self.returns = self.returning(axis)
         del self.like

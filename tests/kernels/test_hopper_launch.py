@@ -69,7 +69,8 @@ def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pyt
     q, dout = torch.empty(2, batch, own, heads, 128, dtype=torch.bfloat16)
     k, v, far_k, far_v = (torch.empty(batch, n, groups, 128, dtype=torch.bfloat16) for n in (own, own, far, far))
     lse = delta = torch.empty(batch, heads, own)
-    segments = Segments([Segment(0, own, start, n, 0) for start, n in ((0, own), (slot, 200), (2 * slot, 300))])
+    stretches = (0, own), (slot, 200), (2 * slot, 100), (2 * slot + 260, 40)
+    segments = Segments([Segment(0, own, start, n, 0) for start, n in stretches])
     words = torch.zeros(2, groups, dtype=torch.int32)
     arrival = Arrival(far_k, far_v, words, words[:1, 0], slot, 1, words[:1, 0])
     inputs = dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic
@@ -80,7 +81,7 @@ def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pyt
     assert dict(constants)["WAIT"]
     order, addresses, shared = arguments[10].tolist(), arguments[26], arguments[27]
     assert len(order) == programs
-    keys, shares = (*range(0, 1024, 128), 1280, 1408, 2560, 2688, 2816), heads // groups // dict(constants)["SHARE"]
+    keys, shares = (*range(0, 1024, 128), 1280, 1408, 2560, 2816), heads // groups // dict(constants)["SHARE"]
     assert sorted(row[:2] for row in order) == [[unit, key] for unit in range(batch * groups * shares) for key in keys]
     assert addresses.tolist() == [[part.dk.data_ptr(), part.dv.data_ptr(), part.dk.shape[1]] for part in homes]
     assert shared.numel() == (programs if shares > 1 else 0)

@@ -224,7 +224,7 @@ def test_gradients_are_added_up_rounded_and_contiguous(stretches, cut, dtype):
 
     dq = torch.randn(2, 6, 37, 80, device=DEVICE).transpose(1, 2)  # heads before rows
     own = [part(cut, 21), part(0, cut)] if cut else [part(0, 21, more=0 if cut == 0 else 13)]
-    parts = [part(*stretch) for stretch in stretches]
+    parts = [part(*stretch, more=index % 3) for index, stretch in enumerate(stretches)]
     into = tuple(
         torch.empty(2, length, heads, d, dtype=dtype, device=DEVICE)
         for length, heads, d in ((37, 6, 80), (21, 3, 80), (21, 3, 48))

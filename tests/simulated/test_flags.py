@@ -22,7 +22,7 @@ BLOCK = 4
 
 class Patient(ReferenceKernel):
     """Waits for every (source, head) that it is about to read, head by head; reads whole blocks. Gradients that it
-    stores at home travel for a while."""
+    stores at home, those of whole blocks too, travel for a while."""
 
     waits = True
 
@@ -73,6 +73,11 @@ class Patient(ReferenceKernel):
         own = k.shape[1]
         k, v = (torch.cat(x, 2) for x in zip(*self.arrived(k, v, segments, arrival, blocks), strict=True))
         dq, dk, dv = super().backward(dout, q, k, v, out, lse, delta, segments, **options)
+        unseen = torch.ones(k.shape[1], dtype=torch.bool)
+        for segment in segments:
+            unseen[blocks(segment)] = False
+        unseen[:own] = False
+        dk[:, unseen] = dv[:, unseen] = torch.nan
         puts = [
             Put(home, number, (slice(None), slice(source * arrival.slot, source * arrival.slot + home.shape[1])))
             for source, part in enumerate(homes, 1)
@@ -146,6 +151,16 @@ def test_a_kernel_that_does_not_wait_is_found_out():
     inputs = make_inputs(case, 0)
     found = attend(plan, case, inputs, Network(spread=100), hasty=True)
     assert all(x.isnan().any() for x in (found.out, found.dq))
+
+
+def test_gradients_of_keys_that_nobody_sees_between_others_that_are_seen():
+    """They are not stored at home, where anything may be."""
+    case = Case(512, 2, 4, 2, 8, documents=(0, 306, 336, 412, 512))
+    plan, inputs = make_plan("balanced", 512, 2, **case.mask), make_inputs(case, 0)
+    assert pull.delivered(plan, 1, 0) == [(0, 128), (208, 256)]
+    found = attend(plan, case, inputs, Network(spread=100), calls=2)
+    for x, expected in zip(found, exact(case, inputs), strict=True):
+        torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_flag_of_the_next_call_is_not_taken_for_a_slow_one(monkeypatch):
