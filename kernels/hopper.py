@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interface import Arrival, Part, accumulate_dtype
+from .interface import Arrival, accumulate_dtype
 from .portable import TritonKernel, module
 
 __all__ = ["HopperKernel"]
@@ -92,14 +92,15 @@ class HopperKernel(TritonKernel):
 
     def backward(
         self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None,
-        pieces=None, arrival: Arrival | None = None, homes: Sequence[Part] = (), kept: dict[Any, Any] | None = None,
+        pieces=None, arrival: Arrival | None = None, homes: Sequence[tuple[Tensor, Tensor]] = (),
+        kept: dict[Any, Any] | None = None,
     ):  # fmt: skip
         """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at.
 
-        With `arrival`, dk and dv are those of own keys. `homes` are where gradients of each source's keys belong, of
+        With `arrival`, dk and dv are those of own keys. `homes` are where dk and dv of each source's keys belong, of
         the first ones in its slot: contiguous, in fp32, and possibly another GPU's memory. They are there when the
         launch is over, those of every 128 keys of which any is seen; what follows from keys that have not come in time
-        is NaN. `kept`: see `settled`."""
+        is NaN. `kept`: where what follows from where homes lie is kept for the next time."""
         if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         how = self.in_order, out_dtype, pieces, arrival, homes, kept

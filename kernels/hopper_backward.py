@@ -226,13 +226,14 @@ def store(
     D: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one half of the tile's keys, to where they belong."""
-    results, over, departure = ends
+    results, over, delivery = ends
+    _homes, _shared, SLOT, _stored = delivery
     mbarrier.arrive(over, count=1)
     mbarrier.wait(over, 0)  # nobody reads Q and dO any more
     i_b, i_g, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
     if WAIT:
-        if key0 >= departure[2]:
-            deliver(HALF, grads, ring[HALF], departure, i_b, i_g, head0, key0, GROUPS, GROUP, SHARE, D, E)
+        if key0 >= SLOT:
+            deliver(HALF, grads, ring[HALF], delivery, i_b, i_g, head0, key0, GROUPS, GROUP, SHARE, D, E)
         else:
             put(results, grads, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
     else:
@@ -241,13 +242,13 @@ def store(
 
 @gluon.jit
 def deliver(
-    HALF: gl.constexpr, grads, s_free, departure, i_b, i_g, head0, key0,
+    HALF: gl.constexpr, grads, s_free, delivery, i_b, i_g, head0, key0,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """Stores them at their owner's, maybe in another GPU's memory: int64 `homes` [sources, 3] says where dK and dV of a
     source are, and of how many keys. Of two programs that share a tile, one right after the other, the second adds once
     the first has stored: int32 `shared` [programs] counts that for the first."""
-    homes, shared, SLOT, stored = departure
+    homes, shared, SLOT, stored = delivery
     p_home = homes + 3 * (key0 // SLOT - 1)
     first, keys = key0 % SLOT + HALF * 64, gl.load(p_home + 2).to(gl.int32)
     line = (i_b * keys + first).to(gl.int64) * GROUPS + i_g
@@ -262,9 +263,9 @@ def deliver(
 
 
 @gluon.jit
-def pass_on(order, departure, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+def pass_on(order, delivery, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
     """Lets the second program of a tile add, when the first has stored."""
-    _, shared, SLOT, stored = departure
+    _homes, shared, SLOT, stored = delivery
     _, _, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
     if (key0 >= SLOT) & (head0 % GROUP == 0):
         mbarrier.wait(stored, 0)

@@ -18,7 +18,7 @@ from .hopper import WIDEST
 from .hopper_arguments import NARROWEST, Described, HopperForm, arriving, described, processors
 from .hopper_prepare import PIECES, prepare_kernel
 from .hopper_tile import LOG2E
-from .interface import Arrival, Part
+from .interface import Arrival
 from .launching import Constants, launch
 from .segments import Segments
 from .tiles import Work, key_tiles, to_device
@@ -66,7 +66,7 @@ def backward(
     out_dtype: torch.dtype | None = None,
     pieces: Described | None = None,
     arrival: Arrival | None = None,
-    homes: Sequence[Part] = (),
+    homes: Sequence[tuple[Tensor, Tensor]] = (),
     kept: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from
@@ -95,6 +95,7 @@ def backward(
         (backward, keys, *shape, flags, deterministic, q.device),
         lambda _: placed(work, shape, shares, group // shares, flags, deterministic, q.device),
     )
+    where = segments.derive((places, rows, q.device), lambda _: places(rows, q.device))
     onto = running or shares > 1
     if pieces is None:
         dq, pieces = begin(q, v, lse, delta, scale, dq)
@@ -120,7 +121,7 @@ def backward(
         (order.shape[0], 1, 1),
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
-            pieces, places(rows, q.device), Described(runs, form_of_lines(*runs.shape)),
+            pieces, where, Described(runs, form_of_lines(*runs.shape)),
             *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
             *arriving(arrival, KEYS, width), addresses(homes, q.device, kept), shared.view(torch.int32),
         ),
@@ -181,12 +182,14 @@ def lower(segments: Segments, keys: int, far: tuple[int, int] | None = None) -> 
     return Lowered(work, int(blocks.max(initial=0)), int(blocks.sum()))
 
 
-def addresses(homes: Sequence[Part], device: torch.device, kept: dict[Any, Any] | None) -> Tensor | None:
+def addresses(
+    homes: Sequence[tuple[Tensor, Tensor]], device: torch.device, kept: dict[Any, Any] | None
+) -> Tensor | None:
     """Of each source, where gradients of its keys belong: `hopper_backward.deliver`."""
     if not homes:
         return None
-    assert all(x.is_contiguous() and x.dtype == torch.float32 for part in homes for x in (part.dk, part.dv))
-    found = tuple((part.dk.data_ptr(), part.dv.data_ptr(), part.dk.shape[1]) for part in homes)
+    assert all(x.is_contiguous() and x.dtype == torch.float32 for pair in homes for x in pair)
+    found = tuple((dk.data_ptr(), dv.data_ptr(), dk.shape[1]) for dk, dv in homes)
     return table_of(found, device, kept)
 
 
@@ -305,7 +308,6 @@ def prepared_for(heads: int, d: int, e: int) -> Constants:
     return tuple(named.items())
 
 
-@lru_cache(64)
 def places(rows: int, device: torch.device) -> Described:
     """Four lines for each step of a run of so many rows, one for each answer of `hopper_walk.masks_at`: for the first
     and for the second half of the keys the row where the step begins where a mask is needed, -ROWS where none is. TMA

@@ -51,7 +51,7 @@ class Backward:
         )
         return dk.contiguous(), dv.contiguous()
 
-    def all_keys(self, segments: Segments, arrival: Arrival, homes: Sequence[Part]) -> None:
+    def all_keys(self, segments: Segments, arrival: Arrival, homes: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Differentiates own keys and the others' in one launch, which stores gradients of these at home."""
         more = {"arrival": arrival, "homes": homes, "kept": self.call.derived}
         self.own.append(Part(slice(0, self.k.shape[1]), *self.differentiate(self.k, self.v, segments, **more)))

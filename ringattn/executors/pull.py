@@ -1,5 +1,5 @@
-"""pull: keys and values come into this rank's memory by copy engines, and gradients go to their owners', straight from
-the kernel that makes them or by copy engines as well; no multiprocessor is spent on either.
+"""pull: keys and values come into this rank's memory by copy engines, on which no multiprocessor is spent, and
+gradients go to their owners', straight from the kernel that makes them or by copy engines as well.
 
     forward     compute  | own keys, and each other rank's when its flag is up |           if the kernel can wait,
                 engines  | heads >> heads >> heads >> |
@@ -42,7 +42,7 @@ __all__ = ["backward", "forward", "region_sizes"]
 Pair = tuple[Tensor, Tensor]
 KEYS, BACK, FLAGS = range(ROWS)  # rows of words: keys are on their way, or here; gradients are here; flags
 GRADIENTS = 2  # the region after the two for keys
-BLOCK = 128  # keys that a kernel reads at once, at most
+BLOCK = 128  # keys that a kernel reads at once, at most, and of which it delivers gradients together
 
 
 def arrivals(plan: Plan, rank: int) -> list[int]:
@@ -144,7 +144,7 @@ class Map:
             self.home_poison = symmetric.region(rank, GRADIENTS)
             parts = ((sender, Part(mine, *self.home(rank, sender))) for sender, mine, _ in homecomings(plan, rank))
             self.parts = [part.within(*keys) for sender, part in parts for keys in delivered(plan, sender, rank)]
-            self.homes = [Part(piece.place, *self.home(piece.source, rank)) for piece in axis.pieces]
+            self.homes = [self.home(piece.source, rank) for piece in axis.pieces]
             self.returns = self.returning(axis)
         del self.like
 
@@ -212,9 +212,9 @@ class Map:
         """Gradients of the others' keys to their owners, unless the kernel has stored them there, and that they are
         there."""
         puts: list[Step] = []
-        for piece, part in zip(axis.pieces, self.homes, strict=True):
+        for piece, pair in zip(axis.pieces, self.homes, strict=True):
             if self.slot is None and piece.stop > piece.start:
-                puts += [Put(home, number, (slice(None), piece.place)) for number, home in enumerate(part[1:])]
+                puts += [Put(home, number, (slice(None), piece.place)) for number, home in enumerate(pair)]
             puts.append(self.word(piece.source, BACK))
         return tuple(puts)
 

@@ -1,4 +1,5 @@
-"""Symmetric memory on the GPUs of one node: every rank's regions mapped into every other's, filled by copy engines.
+"""Symmetric memory on the GPUs of one node: every rank's regions mapped into every other's, filled by copy engines, and
+by kernels.
 
     copy        cudaMemcpy(2D)Async from this GPU into the others, on a stream of its own: copy engines, no
                 multiprocessor; words of theirs are written behind the copies

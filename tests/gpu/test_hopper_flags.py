@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.hopper import HopperKernel
-from ringattn.kernels.interface import Arrival, Part
+from ringattn.kernels.interface import Arrival
 from ringattn.kernels.segments import Segment, Segments
 from ringattn.launch.oracle import error
 
@@ -51,8 +51,7 @@ class Attention:
         self.out, self.lse = self.kernel.forward(self.q, self.k, self.v, self.segments, scale=0.1)
         self.out = self.out.bfloat16()
         self.homes = [
-            Part(slice(0, n), *(torch.empty(batch, n, groups, width, device="cuda") for width in (d, e)))
-            for n in (SLOT, LAST)
+            tuple(torch.empty(batch, n, groups, width, device="cuda") for width in (d, e)) for n in (SLOT, LAST)
         ]
         self.error = torch.zeros(1, dtype=torch.int32, device="cuda")
 
@@ -68,8 +67,8 @@ class Attention:
 
     def waiting(self, flags: Tensor, patience: int = SECOND) -> tuple[Tensor, ...]:
         """dq, and dk and dv of own keys and, from `homes`, the others'."""
-        for _, *grads in self.homes:
-            for x in grads:
+        for pair in self.homes:
+            for x in pair:
                 x.fill_(torch.nan)
         k, v, far_k, far_v = (
             x[:, keys].contiguous() for keys in (slice(OWN), slice(SLOT, None)) for x in (self.k, self.v)
@@ -79,7 +78,7 @@ class Attention:
         arrival = Arrival(far_k, far_v, flags, epoch, SLOT, patience, self.error.zero_())
         more = self.dout, self.q, k, v, *more
         dq, *own = self.kernel.backward(*more, **options, arrival=arrival, homes=self.homes)
-        return dq, *(torch.cat(x, 1) for x in zip(own, *(part[1:] for part in self.homes), strict=True))
+        return dq, *(torch.cat(x, 1) for x in zip(own, *self.homes, strict=True))
 
     def ready(self, epoch: int = EPOCH) -> Tensor:
         return torch.full((SOURCES - 1, self.flags), epoch, dtype=torch.int32, device="cuda")
@@ -91,9 +90,13 @@ def seen(x: Tensor) -> Tensor:
 
 
 def assert_same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """dk and dv bit by bit; tiles may have added to dq in another order."""
+    """dk and dv bit by bit, unless programs share tiles for one of the two only; tiles may have added to dq in another
+    order."""
+    from ringattn.kernels.hopper_backward_launch import CROWDED
+
     assert error(got[0], expected[0].double()) < 1e-6
-    assert all(torch.equal(x, seen(y)) for x, y in zip(got[1:], expected[1:], strict=True))
+    for x, y in zip(got[1:], map(seen, expected[1:]), strict=True):
+        assert error(x, y.double()) < 1e-6 if CROWDED else torch.equal(x, y)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])

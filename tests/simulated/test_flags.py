@@ -1,6 +1,9 @@
 """pull in one launch that looks itself which keys have come: each is read after its flag, in any order of arrival; and
 gradients are stored where they belong."""
 
+import random
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import pad
@@ -18,6 +21,7 @@ from ringattn.transport.interface import Put
 from ringattn.transport.simulated import Network, SimulatedTransport, simulate
 
 BLOCK = 4
+USUAL = pull.BLOCK
 
 
 class Patient(ReferenceKernel):
@@ -80,8 +84,8 @@ class Patient(ReferenceKernel):
         dk[:, unseen] = dv[:, unseen] = torch.nan
         puts = [
             Put(home, number, (slice(None), slice(source * arrival.slot, source * arrival.slot + home.shape[1])))
-            for source, part in enumerate(homes, 1)
-            for number, home in enumerate(part[1:])
+            for source, pair in enumerate(homes, 1)
+            for number, home in enumerate(pair)
         ]
         self.transport.copy(puts, (dk.contiguous(), dv.contiguous()))
         return dq, dk[:, :own], dv[:, :own]
@@ -161,6 +165,31 @@ def test_gradients_of_keys_that_nobody_sees_between_others_that_are_seen():
     found = attend(plan, case, inputs, Network(spread=100), calls=2)
     for x, expected in zip(found, exact(case, inputs), strict=True):
         torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_hopper_kernel_delivers_what_owners_read(monkeypatch, seed):
+    """Tiles of the others' keys, and stretches of own keys, in any plan."""
+    launch = pytest.importorskip("ringattn.kernels.hopper_backward_launch")
+    assert launch.KEYS == USUAL
+    monkeypatch.setattr(pull, "BLOCK", USUAL)
+    draw = random.Random(seed)
+    ranks, seq_len = draw.randint(2, 8), draw.randint(1, 9000)
+    window = draw.randint(0, seq_len), draw.choice((-1, 0, 300))
+    mask: dict[str, Any] = {"causal": True} if seed % 2 else {"window_size": window}
+    if draw.random() < 0.7:
+        mask["cu_seqlens"] = sorted({0, *(draw.randint(0, seq_len) for _ in range(draw.randint(1, 30)))})
+    plan = make_plan(draw.choice(list(LAYOUTS)), seq_len, ranks, **mask)
+    slot = pull.slot_of(plan)
+    for rank, own in enumerate(plan.layout.lengths):
+        axis = pull.remote_axis(plan, rank, slot)
+        tiles = launch.lower(axis.segments, slot + axis.length, (slot, own)).work.tiles[:, 0].tolist()
+        assert sorted(key for key in tiles if key < slot) == list(range(0, own, USUAL))
+        for first, piece in zip(range(slot, len(axis.pieces) * slot + 1, slot), axis.pieces, strict=True):
+            starts = sorted(piece.start + key - first for key in tiles if first <= key < first + slot)
+            stretches = pull.delivered(plan, rank, piece.source)
+            assert starts == [start for stretch in stretches for start in range(*stretch, USUAL)]
+            assert all(stop == piece.stop or (stop - start) % USUAL == 0 for start, stop in stretches)
 
 
 def test_a_flag_of_the_next_call_is_not_taken_for_a_slow_one(monkeypatch):
