@@ -40,7 +40,7 @@ class HopperKernel(TritonKernel):
 
     def delivers(self, q: Tensor, v: Tensor) -> bool:
         """Whether backward takes an `Arrival`, and stores gradients of what arrives at home."""
-        return max(q.shape[-1], v.shape[-1]) <= WIDEST
+        return not too_wide(q, v)
 
     @property
     def in_order(self) -> bool:
@@ -85,7 +85,7 @@ class HopperKernel(TritonKernel):
     def begin(self, dout, q, v, out, lse, dlse, *, scale) -> dict[str, Any] | None:
         """What the launches of one backward share, as options of `backward`, delta among them; it needs no keys. None
         if there is nothing of that kind."""
-        if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        if too_wide(q, v):
             return None
         dq, pieces = module("hopper_backward_launch").begin(q, v, lse, dlse, scale, product=(dout, out))
         return {"dq": dq, "pieces": pieces}
@@ -101,7 +101,12 @@ class HopperKernel(TritonKernel):
         the first ones in its slot: contiguous, in fp32, and possibly another GPU's memory. They are there when the
         launch is over, those of every 128 keys of which any is seen; what follows from keys that have not come in time
         is NaN. `kept`: where what follows from where homes lie is kept for the next time."""
-        if not segments or max(q.shape[-1], v.shape[-1]) > WIDEST:
+        if not segments or too_wide(q, v):
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
         how = self.in_order, out_dtype, pieces, arrival, homes, kept
         return module("hopper_backward_launch").backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, *how)
+
+
+def too_wide(q: Tensor, v: Tensor) -> bool:
+    """Whether the portable backward serves such heads."""
+    return max(q.shape[-1], v.shape[-1]) > WIDEST

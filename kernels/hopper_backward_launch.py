@@ -9,7 +9,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import hopper_backward, hopper_walk
@@ -17,7 +16,7 @@ from .dealing import queue
 from .hopper import WIDEST
 from .hopper_arguments import NARROWEST, Described, HopperForm, arriving, described, processors
 from .hopper_prepare import PIECES, prepare_kernel
-from .hopper_tile import LOG2E
+from .hopper_tile import CROWDED, LOG2E
 from .interface import Arrival
 from .launching import Constants, launch
 from .segments import Segments
@@ -34,8 +33,6 @@ KEYS, BLOCK, ROWS = (size.value for size in (hopper_backward.KEYS, hopper_walk.B
 PREPARED = 32  # rows of a program of `prepare_kernel`
 NONE = (0,)  # the shape of nothing
 BEGINNING = 1.2  # what a program takes besides its blocks, in blocks of one head
-# The assembler that comes with Triton 3.9 has no registers left for programs that share what another rank gets.
-CROWDED = [int(x) for x in triton.__version__.split(".")[:2]] >= [3, 9]
 PATIENCE = 7  # when sums are ordered, so many times the tiles of a head at work are at most the blocks that one walks
 
 
@@ -84,7 +81,7 @@ def backward(
     work, longest, blocks = segments.derive((lower, keys, far), lambda s: lower(s, keys, far))
     running = dk is not None or dv is not None
     tiles = work.busy if running else work.tiles.shape[0]
-    alone = running or (arrival is not None and CROWDED)
+    alone = running or (arrival is not None and CROWDED.value)  # no registers to share what another rank gets
     shares = 1 if alone else shares_of(group, longest, blocks * units, processors(q.device))
     least = patience(longest * group, width, processors(q.device)) if deterministic else 1
     reread = min(rows, longest * BLOCK) * group * ((d + e) * q.element_size() + 4 * d)  # bytes of q, dout and dq

@@ -11,18 +11,13 @@ for anew wherever rows come or go; what follows from the warp alone takes none.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportAssignmentType=false, reportCallIssue=false
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hopper_scores import pack, unpaired
-from .hopper_tile import LN2, LOG2E, LOWEST, read_anew
+from .hopper_tile import CROWDED, LN2, LOG2E, LOWEST, read_anew
 
 __all__ = ["finish", "sight", "start"]
-
-# The assembler that comes with Triton 3.9 keeps in memory what is alive all through the loop. Older ones have a
-# register left for the rows of masks, and would rather spill something else than ask for a lane there.
-ANEW = gl.constexpr([int(x) for x in triton.__version__.split(".")[:2]] >= [3, 9])
 
 
 @gluon.jit
@@ -137,7 +132,8 @@ def trade_asm(n):
 @gluon.jit
 def sight(length, shift, low, high, window, ROW0: gl.constexpr, ROWS: gl.constexpr, ROW: gl.constexpr):
     """The last key of a run that each row sees, -1 for none, and the last one that its window has left behind."""
-    o_row = ROW0 + (rows_of(read_anew("%laneid"), ROWS, ROW) if ANEW else gl.arange(0, ROWS, layout=ROW))
+    # Where a register is left for these rows, the assembler would rather spill something else than ask for a lane.
+    o_row = ROW0 + (rows_of(read_anew("%laneid"), ROWS, ROW) if CROWDED else gl.arange(0, ROWS, layout=ROW))
     last_key = gl.where((o_row >= low) & (o_row < high), gl.minimum(o_row + shift, length - 1), -1)
     return last_key, o_row + shift - window
 

@@ -8,6 +8,7 @@ has no words for, a few PTX instructions, stands here as inline assembly.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportAssignmentType=false, reportCallIssue=false
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -15,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from . import triton_tile
 
 __all__ = [
+    "CROWDED",
     "LN2",
     "LOG2E",
     "LOWEST",
@@ -31,6 +33,8 @@ __all__ = [
     "run_at",
 ]
 
+# The assembler that comes with Triton 3.9 has fewer registers left: it keeps what is alive all through a loop.
+CROWDED = gl.constexpr([int(x) for x in triton.__version__.split(".")[:2]] >= [3, 9])
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # the maximum over nothing; -inf less -inf would be NaN

@@ -29,17 +29,7 @@ from torch import Tensor
 
 from .segments import Segments
 
-__all__ = [
-    "Arrival",
-    "Capped",
-    "Kernel",
-    "Part",
-    "Three",
-    "accumulate_dtype",
-    "nothing_seen",
-    "row_delta",
-    "settled",
-]
+__all__ = ["Arrival", "Capped", "Kernel", "Part", "Three", "accumulate_dtype", "nothing_seen", "row_delta", "settled"]
 
 
 Three = tuple[Tensor, Tensor, Tensor]

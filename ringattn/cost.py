@@ -7,7 +7,7 @@ side by side where an executor hides one behind the other, and nothing is faster
     ring      max(own, hop) + max(others' 1, hop) + ...     every hop hides, every step merges
     gather    all keys + everything                          nothing hides, nothing merges
     pull      max(own, keys) + others' + a merge             or, in one launch, everything: flags hide the keys,
-                                                             and in a backward gradients leave before it ends
+                                                             and a backward stores gradients where they belong
 
 `python -m ringattn.launch.predict 32768 4` prints the choice for 32768 tokens on each of 4 ranks.
 """

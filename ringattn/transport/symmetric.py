@@ -200,20 +200,16 @@ class SymmetricMemory:
             operation(bases, count, stream)
 
     def lowered(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> list[Operation]:
-        """Copies and words as CUDA wants them, kept for tensors that lie alike."""
+        """Copies and marks as CUDA wants them, kept for tensors that lie alike."""
         name = id(puts), *(x.stride() for x in tensors)
         known = self.known.get(name)
         if known is None:
-            known = self.known[name] = (
-                puts,
-                [self.operation(x, tensors) for x in puts],
-            )  # held: nothing else gets its id
+            engine = self.engine
+            operations = [engine.put(x, tensors) if isinstance(x, Put) else engine.mark(x.words) for x in puts]
+            known = self.known[name] = puts, operations  # held, so that nothing else gets its id
             if len(self.known) > KNOWN:
                 del self.known[next(iter(self.known))]
         return known[1]
-
-    def operation(self, x: Step, tensors: Sequence[Tensor]) -> Operation:
-        return self.engine.put(x, tensors) if isinstance(x, Put) else self.engine.mark(x.words)
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""

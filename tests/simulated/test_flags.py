@@ -96,9 +96,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pull, "BLOCK", BLOCK)
 
 
-def attend(plan, case, inputs, network, calls=1, groups=2, sinks=None, **manners):
+def attend(plan, case, inputs, network, calls=1, hasty=False, groups=2, sinks=None):
     def work(rank, transport):
-        kernel = Patient(rank, transport, **manners)
+        kernel = Patient(rank, transport, hasty)
         schedule = Schedule(flags=True, at_once=True, head_groups=groups)
         call = Call(plan, rank, kernel, case.head_dim**-0.5, transport, Buffers(), transport, schedule)
         q, k, v, dout = (plan.layout.shard(x, rank, 1) for x in inputs)
