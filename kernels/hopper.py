@@ -15,6 +15,7 @@ from .portable import TritonKernel, module
 __all__ = ["HopperKernel"]
 
 DTYPES = (torch.bfloat16, torch.float16)
+SOURCES = 7  # that a backward delivers gradients to, at most: a node of eight
 WIDEST = 128  # head dim of the backward; dK and dV of wider ones do not fit into registers
 UNIT = 8  # columns of 16 bits that a tensor descriptor counts in
 
@@ -38,9 +39,9 @@ class HopperKernel(TritonKernel):
         """This kernel, adding to dq in a fixed order or not, whatever torch is told."""
         return HopperKernel(deterministic)
 
-    def delivers(self, q: Tensor, v: Tensor) -> bool:
-        """Whether backward takes an `Arrival`, and stores gradients of what arrives at home."""
-        return not too_wide(q, v)
+    def delivers(self, q: Tensor, v: Tensor, sources: int) -> bool:
+        """Whether backward takes an `Arrival` from so many, and stores gradients of what arrives at home."""
+        return q.shape[-1] == v.shape[-1] and not too_wide(q, v) and sources <= SOURCES
 
     @property
     def in_order(self) -> bool:
@@ -92,18 +93,17 @@ class HopperKernel(TritonKernel):
 
     def backward(
         self, dout, q, k, v, out, lse, delta, segments, *, scale, dq=None, dk=None, dv=None, out_dtype=None,
-        pieces=None, arrival: Arrival | None = None, homes: Sequence[tuple[Tensor, Tensor]] = (),
-        kept: dict[Any, Any] | None = None,
+        pieces=None, arrival: Arrival | None = None, homes: Sequence[Tensor] = (),
     ):  # fmt: skip
         """`Kernel.backward`; `pieces` comes from `begin`, and so does the first dq, and delta is not looked at.
 
-        With `arrival`, dk and dv are those of own keys. `homes` are where dk and dv of each source's keys belong, of
-        the first ones in its slot: contiguous, in fp32, and possibly another GPU's memory. They are there when the
-        launch is over, those of every 128 keys of which any is seen; what follows from keys that have not come in time
-        is NaN. `kept`: where what follows from where homes lie is kept for the next time."""
+        With `arrival`, dk and dv are those of own keys. `homes` [2, B, keys, G, D] are where dk and dv of each source's
+        keys belong, of the first ones in its slot: contiguous, in fp32, and possibly another GPU's memory. They are
+        there when the launch is over, those of every 128 keys of which any is seen; what follows from keys that have
+        not come in time is NaN."""
         if not segments or too_wide(q, v):
             return super().backward(dout, q, k, v, out, lse, delta, segments, scale=scale, dq=dq, dk=dk, dv=dv)
-        how = self.in_order, out_dtype, pieces, arrival, homes, kept
+        how = self.in_order, out_dtype, pieces, arrival, homes
         return module("hopper_backward_launch").backward(dout, q, k, v, lse, delta, segments, scale, dq, dk, dv, *how)
 
 

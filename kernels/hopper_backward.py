@@ -26,25 +26,27 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from . import hopper
 from .hopper_add import await_turn, reduce_add, reduced, viewed, write
 from .hopper_prepare import DELTA, PIECES
 from .hopper_steps import key_sums, query_sums, weights
-from .hopper_tile import advance, await_flag, fetch, flag_of, named_sync, read_anew, run_at
+from .hopper_tile import advance, await_flag, fetch, flag_of, read_anew, run_at
 from .hopper_walk import BLOCK, ROWS, block_at, masks_at, place, steps_of, visit
 
 __all__ = ["hopper_backward_kernel"]
 
 KEYS = gl.constexpr(128)  # of a tile
 PARTS = gl.constexpr(2)  # of dQ on their way
-DELIVERED = gl.constexpr(9)  # the first of two named barriers, at which a warpgroup has stored at home
+SOURCES = gl.constexpr(hopper.SOURCES)
 
 
 @gluon.jit(do_not_specialize=["CELLS", "SHARED", "SLOT", "PATIENCE"])
 def hopper_backward_kernel(
     q, k, v, dout, pieces, places, walks, dq, dk, dv, order, runs, visits, turns, counters, scale, scale_log2, CELLS,
-    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE: "i64", homes, shared,  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+    far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+    home0, home1, home2, home3, home4, home5, home6, shared,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, ORDERED: gl.constexpr,
-    D: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr,
+    WAIT: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of every tile in `order`, stored or added, and dQ added to a sum.
 
@@ -52,7 +54,8 @@ def hopper_backward_kernel(
     places from `hopper_backward_launch.places`, and walks of the lines of `runs`. A program takes SHARE of the GROUP
     query heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
     WAIT: keys from SLOT on are in far_k and far_v, and there when the flag says so (`await_flag`) that SHARED key/value
-    heads of a slot have; their dK and dV go to `homes` (`deliver`), and `shared` counts who has stored them.
+    heads of a slot have; dK and dV of the first such slot go to `home0` (`deliver`), and so on, and `shared` counts who
+    has stored them.
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
     SLOTS: gl.constexpr = 4 if WIDTH == 64 else 2  # for steps of rows and for their dS
@@ -105,6 +108,7 @@ def hopper_backward_kernel(
     results = (dk, dv)
     work = (order, runs)
     arrival = (far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE)
+    homes = (home0, home1, home2, home3, home4, home5, home6)
     ends = (results, over, (homes, shared, SLOT, stored))
     # So nothing is spilled: registers of warps that copy, and the role of the warpgroup that the kernel begins with.
     SINGLE: gl.constexpr = 32
@@ -112,9 +116,9 @@ def hopper_backward_kernel(
     SECOND: gl.constexpr = (FIRST + 1) % 3
     THIRD: gl.constexpr = (FIRST + 2) % 3
     gl.warp_specialize([
-        (compute, (FIRST, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, D, E, WAIT)),
-        (compute, (SECOND, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, D, E, WAIT)),
-        (compute, (THIRD, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, D, E, WAIT)),
+        (compute, (FIRST, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
+        (compute, (SECOND, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
+        (compute, (THIRD, scales, keys, ring, slopes, adds, ends, work, GROUPS, GROUP, SHARE, ADD, WAIT)),
         (load, (tensors, keys, ring, arrival, ends, work, GROUPS, GROUP, SHARE, ORDERED, WAIT)),
         (add, (dq, adds, work, visits, turns, counters, CELLS, GROUPS, GROUP, SHARE, ORDERED, WIDTH // 64)),
     ], [4, 4, 1, 1], [208, 96 - SINGLE if THIRD == 2 else 208, SINGLE, SINGLE])  # fmt: skip
@@ -123,8 +127,7 @@ def hopper_backward_kernel(
 @gluon.jit
 def compute(
     ROLE: gl.constexpr, scales, keys, ring, slopes, adds, ends, work,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
-    D: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """One of the three warpgroups: dK and dV of the first or the second half of the tile's keys, or dQ."""
     scale, scale_log2 = scales
@@ -134,7 +137,7 @@ def compute(
         query_sums(steps, keys, slopes, adds, scale)
     else:
         b_dk, b_dv = key_sums(ROLE, steps, keys, ring, slopes, scale_log2)
-        store(ROLE, (b_dk * scale, b_dv), ring, ends, order, GROUPS, GROUP, SHARE, ADD, D, E, WAIT)
+        store(ROLE, (b_dk * scale, b_dv), ring, ends, order, GROUPS, GROUP, SHARE, ADD, WAIT)
 
 
 @gluon.jit
@@ -222,8 +225,7 @@ def spoil(s_x):
 @gluon.jit
 def store(
     HALF: gl.constexpr, grads, ring, ends, order,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr,
-    D: gl.constexpr, E: gl.constexpr, WAIT: gl.constexpr,
+    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one half of the tile's keys, to where they belong."""
     results, over, delivery = ends
@@ -233,7 +235,7 @@ def store(
     i_b, i_g, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
     if WAIT:
         if key0 >= SLOT:
-            deliver(HALF, grads, ring[HALF], delivery, i_b, i_g, head0, key0, GROUPS, GROUP, SHARE, D, E)
+            deliver(HALF, grads, ring[HALF], delivery, i_b, i_g, head0, key0, GROUP, SHARE)
         else:
             put(results, grads, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
     else:
@@ -242,24 +244,36 @@ def store(
 
 @gluon.jit
 def deliver(
-    HALF: gl.constexpr, grads, s_free, delivery, i_b, i_g, head0, key0,
-    GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-):  # fmt: skip
-    """Stores them at their owner's, maybe in another GPU's memory: int64 `homes` [sources, 3] says where dK and dV of a
-    source are, and of how many keys. Of two programs that share a tile, one right after the other, the second adds once
-    the first has stored: int32 `shared` [programs] counts that for the first."""
+    HALF: gl.constexpr, grads, s_free, delivery, i_b, i_g, head0, key0, GROUP: gl.constexpr, SHARE: gl.constexpr
+):
+    """Stores them at their owner's, maybe in another GPU's memory: [2 B, H, L, D] for each source, dK of all sequences
+    and then dV. Of two programs that share a tile, one right after the other, the second adds once the first has
+    stored: int32 `shared` [programs] counts that for the first."""
     homes, shared, SLOT, stored = delivery
-    p_home = homes + 3 * (key0 // SLOT - 1)
-    first, keys = key0 % SLOT + HALF * 64, gl.load(p_home + 2).to(gl.int32)
-    line = (i_b * keys + first).to(gl.int64) * GROUPS + i_g
-    b_dk, b_dv = grads
+    i_source, first = key0 // SLOT - 1, key0 % SLOT + HALF * 64
     second = head0 % GROUP > 0
     if SHARE < GROUP and second:
         await_turn(shared + read_anew("%ctaid.x") - 1, 1)
-    send(HALF, b_dv, s_free, gl.load(p_home + 1), line, keys - first, second, GROUPS, E, SHARE < GROUP)
-    send(HALF, b_dk, s_free, gl.load(p_home), line, keys - first, second, GROUPS, D, SHARE < GROUP)
-    if SHARE < GROUP and not second:
+    for number in gl.static_range(2):
+        s_x = staged(grads[number], s_free, gl.float32)
+        for i in gl.static_range(SOURCES):
+            if homes[i] is not None:
+                bring(homes[i], i_source == i, number, i_b, i_g, first, s_x, SHARE < GROUP and second)
+        tma.store_wait(0)
+    if SHARE < GROUP and not second:  # one lane stores by TMA, waits for that, and arrives
+        reduced()
         mbarrier.arrive(stored, count=1)
+
+
+@gluon.jit
+def bring(home, here, number: gl.constexpr, i_b, i_g, first, s_x, add):
+    """Starts to store a tile, or to add it, if this is its home."""
+    if here:
+        coord = [number * (home.shape[0] // 2) + i_b, i_g, first, 0]
+        if add:
+            reduce_add(home, coord, s_x)
+        else:
+            write(home, coord, s_x)
 
 
 @gluon.jit
@@ -270,35 +284,6 @@ def pass_on(order, delivery, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: g
     if (key0 >= SLOT) & (head0 % GROUP == 0):
         mbarrier.wait(stored, 0)
         gl.atomic_add(shared + read_anew("%ctaid.x"), 1, sem="release", scope="sys")
-
-
-@gluon.jit
-def send(
-    HALF: gl.constexpr, b_x, s_free, address, line, lines, second,
-    GROUPS: gl.constexpr, D: gl.constexpr, SHARED: gl.constexpr,
-):  # fmt: skip
-    """Stores rows [keys, GROUPS, D], of one head, as many as there are lines left, or adds them if it is the `second`
-    of two; by way of free memory, so that a warp has whole rows: NVLink is slow with pieces of 32 bytes."""
-    WIDTH: gl.constexpr = b_x.shape[1]
-    LANES: gl.constexpr = WIDTH // 4  # of a row
-    LINES: gl.constexpr = 16  # at once: registers
-    WHOLE: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [4, 1], [1, 0])
-    s_x = viewed(s_free, gl.float32, b_x.shape, gl.NVMMASharedLayout.get_default_for(b_x.shape, gl.float32))
-    s_x.store(b_x)
-    named_sync(DELIVERED + HALF, 128)
-    lane = read_anew("%laneid")
-    o_row = (gl.arange(0, LINES, layout=gl.SliceLayout(1, WHOLE)) & -(32 // LANES)) + lane // LANES
-    o_d = (gl.arange(0, WIDTH, layout=gl.SliceLayout(0, WHOLE)) & 3) + lane % LANES * 4
-    o_d = gl.max_contiguous(gl.multiple_of(o_d, 4), 4)
-    x = gl.multiple_of(address.to(gl.pointer_type(gl.float32)), 16) + line * D
-    p_x = x + o_row[:, None] * (GROUPS * D) + o_d[None, :]
-    for i in gl.static_range(b_x.shape[0] // LINES):
-        b_lines = s_x.slice(i * LINES, LINES).load(WHOLE)
-        p_lines, real = p_x + i * LINES * GROUPS * D, (o_row < lines - i * LINES)[:, None] & (o_d < D)[None, :]
-        if SHARED:
-            b_lines += gl.load(p_lines, mask=real & second, other=0.0, volatile=True)
-        gl.store(p_lines, b_lines, mask=real)
-    named_sync(DELIVERED + HALF, 128)
 
 
 @gluon.jit
@@ -356,12 +341,19 @@ def put(descs, grads, s_free, coord, ADD: gl.constexpr):
 @gluon.jit
 def put_tile(desc, b_x, s_free, coord, ADD: gl.constexpr):
     """One of them."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_x.shape, desc.dtype)
-    s_x = viewed(s_free, desc.dtype, b_x.shape, layout)
-    s_x.store(b_x.to(desc.dtype))
-    fence_async_shared()
+    s_x = staged(b_x, s_free, desc.dtype)
     if ADD:
         reduce_add(desc, coord, s_x)
     else:
         write(desc, coord, s_x)
     tma.store_wait(0)
+
+
+@gluon.jit
+def staged(b_x, s_free, dtype: gl.constexpr):
+    """A tile in free memory, for TMA."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_x.shape, dtype)
+    s_x = viewed(s_free, dtype, b_x.shape, layout)
+    s_x.store(b_x.to(dtype))
+    fence_async_shared()
+    return s_x

@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import hopper_backward, hopper_walk
 from .dealing import queue
-from .hopper import WIDEST
+from .hopper import SOURCES, WIDEST
 from .hopper_arguments import NARROWEST, Described, HopperForm, arriving, described, processors
 from .hopper_prepare import PIECES, prepare_kernel
-from .hopper_tile import CROWDED, LOG2E
+from .hopper_tile import LOG2E
 from .interface import Arrival
 from .launching import Constants, launch
 from .segments import Segments
 from .tiles import Work, key_tiles, to_device
 from .triton_arguments import addressable, block_width, strides
 from .triton_launch import positive, section
-from .triton_settling import table_of
 from .turns import Turns, turns_of
 
 __all__ = ["backward", "begin"]
@@ -63,11 +62,10 @@ def backward(
     out_dtype: torch.dtype | None = None,
     pieces: Described | None = None,
     arrival: Arrival | None = None,
-    homes: Sequence[tuple[Tensor, Tensor]] = (),
-    kept: dict[Any, Any] | None = None,
+    homes: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Kernel.backward`, for bfloat16 and float16 and head dims up to 128; `pieces`, and the first dq, from
-    `begin`, and then no delta. With `arrival`, `homes` and `kept` see `HopperKernel.backward`.
+    `begin`, and then no delta. With `arrival` and `homes` see `HopperKernel.backward`.
 
     dk and dv are the same bits at every run; dq is with `deterministic`, which makes tiles wait for one another.
     """
@@ -81,8 +79,7 @@ def backward(
     work, longest, blocks = segments.derive((lower, keys, far), lambda s: lower(s, keys, far))
     running = dk is not None or dv is not None
     tiles = work.busy if running else work.tiles.shape[0]
-    alone = running or (arrival is not None and CROWDED.value)  # no registers to share what another rank gets
-    shares = 1 if alone else shares_of(group, longest, blocks * units, processors(q.device))
+    shares = 1 if running else shares_of(group, longest, blocks * units, processors(q.device))
     least = patience(longest * group, width, processors(q.device)) if deterministic else 1
     reread = min(rows, longest * BLOCK) * group * ((d + e) * q.element_size() + 4 * d)  # bytes of q, dout and dq
     side = shares * side_by_side(units, reread, least)
@@ -120,13 +117,12 @@ def backward(
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             pieces, where, Described(runs, form_of_lines(*runs.shape)),
             *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
-            *arriving(arrival, KEYS, width), addresses(homes, q.device, kept), shared.view(torch.int32),
+            *arriving(arrival, KEYS, width), *at_home(homes, sums[1]), shared.view(torch.int32),
         ),
         (),
         (
             ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("ADD", onto),
-            ("ORDERED", deterministic), ("D", d), ("E", e), ("WAIT", arrival is not None),
-            ("num_warps", 4), ("maxnreg", 128),
+            ("ORDERED", deterministic), ("WAIT", arrival is not None), ("num_warps", 4), ("maxnreg", 128),
         ),
     )  # fmt: skip
     for total, x in zip((dq, dk, dv), sums, strict=True):
@@ -179,15 +175,11 @@ def lower(segments: Segments, keys: int, far: tuple[int, int] | None = None) -> 
     return Lowered(work, int(blocks.max(initial=0)), int(blocks.sum()))
 
 
-def addresses(
-    homes: Sequence[tuple[Tensor, Tensor]], device: torch.device, kept: dict[Any, Any] | None
-) -> Tensor | None:
-    """Of each source, where gradients of its keys belong: `hopper_backward.deliver`."""
-    if not homes:
-        return None
-    assert all(x.is_contiguous() and x.dtype == torch.float32 for pair in homes for x in pair)
-    found = tuple((dk.data_ptr(), dv.data_ptr(), dk.shape[1]) for dk, dv in homes)
-    return table_of(found, device, kept)
+def at_home(homes: Sequence[Tensor], instead: Described) -> list[Described | None]:
+    """What a kernel is told of where gradients of each source's keys belong; where nothing is seen, something else."""
+    assert all(x.is_contiguous() and x.dtype == torch.float32 for x in homes)  # stores do not reach a copy
+    told = [described(x.flatten(0, 1), *instead.block_shape[2:]) if x.numel() else instead for x in homes]
+    return [*told, *[None] * (SOURCES - len(told))]
 
 
 class Placed(NamedTuple):

@@ -38,7 +38,7 @@ def dense(
         itemsize=2,
         same_node=same_node,
         waits=kernel == "hopper",
-        delivers=kernel == "hopper",
+        delivers=kernel == "hopper" and ranks <= 8,
         memory=H200,
     )
 

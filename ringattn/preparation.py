@@ -113,7 +113,7 @@ def choose(ranks: Ranks, plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: Ke
         itemsize=q.dtype.itemsize,
         same_node=ranks.same_node,
         waits=getattr(kernel, "waits", False),
-        delivers=getattr(kernel, "delivers", lambda *_: False)(q, v),
+        delivers=getattr(kernel, "delivers", lambda *_: False)(q, v, ranks.size - 1),
         memory=ranks.memory,
     )
     return choose_executor(executor, load)

@@ -51,10 +51,10 @@ class Backward:
         )
         return dk.contiguous(), dv.contiguous()
 
-    def all_keys(self, segments: Segments, arrival: Arrival, homes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def all_keys(self, segments: Segments, arrival: Arrival, homes: Sequence[Tensor]) -> None:
         """Differentiates own keys and the others' in one launch, which stores gradients of these at home."""
-        more = {"arrival": arrival, "homes": homes, "kept": self.call.derived}
-        self.own.append(Part(slice(0, self.k.shape[1]), *self.differentiate(self.k, self.v, segments, **more)))
+        grads = self.differentiate(self.k, self.v, segments, arrival=arrival, homes=homes)
+        self.own.append(Part(slice(0, self.k.shape[1]), *grads))
 
     def own_keys(self, keys: slice | None) -> None:
         """Differentiates `self.first` or `self.last`."""

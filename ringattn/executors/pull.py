@@ -138,6 +138,7 @@ class Map:
         self.segments, self.poison = axis.segments, symmetric.region(rank, self.turn)
         self.k, self.v = self.keys(rank)
         self.gaps = [] if slot is None else self.between(axis, gradients)
+        self.begun = tuple(self.word(peer, KEYS) for peer in departures(plan, rank) if slot is not None)
         self.puts = self.departing()
         self.flags = self.flags_of(rank)
         if gradients:
@@ -145,6 +146,8 @@ class Map:
             parts = ((sender, Part(mine, *self.home(rank, sender))) for sender, mine, _ in homecomings(plan, rank))
             self.parts = [part.within(*keys) for sender, part in parts for keys in delivered(plan, sender, rank)]
             self.homes = [self.home(piece.source, rank) for piece in axis.pieces]
+            self.delivery = [both(*pair) for pair in self.homes if slot is not None]
+            self.backs = tuple(self.word(piece.source, BACK) for piece in axis.pieces)
             self.returns = self.returning(axis)
         del self.like
 
@@ -172,7 +175,7 @@ class Map:
         """Own keys and values to who looks at them."""
         plan, me = self.call.plan, self.call.rank
         peers, waits = departures(plan, me), self.slot is not None
-        puts: list[Step] = [self.word(peer, KEYS) for peer in peers if waits]
+        puts: list[Step] = []
         for group in range(self.groups):
             for peer in peers:
                 pieces = remote_axis(plan, peer, self.slot).pieces
@@ -209,13 +212,12 @@ class Map:
         return views(memory, dtype, (k.shape[0], length, *k.shape[2:]), (v.shape[0], length, *v.shape[2:]))
 
     def returning(self, axis: Axis) -> tuple[Step, ...]:
-        """Gradients of the others' keys to their owners, unless the kernel has stored them there, and that they are
-        there."""
+        """Gradients of the others' keys to their owners, and that they are there."""
         puts: list[Step] = []
-        for piece, pair in zip(axis.pieces, self.homes, strict=True):
-            if self.slot is None and piece.stop > piece.start:
+        for piece, pair, back in zip(axis.pieces, self.homes, self.backs, strict=True):
+            if piece.stop > piece.start:
                 puts += [Put(home, number, (slice(None), piece.place)) for number, home in enumerate(pair)]
-            puts.append(self.word(piece.source, BACK))
+            puts.append(back)
         return tuple(puts)
 
     def heads(self, group: int) -> slice:
@@ -225,7 +227,7 @@ class Map:
 
     def bring(self, k: Tensor, v: Tensor) -> None:
         """Sends own keys to the others, and lets theirs come."""
-        self.symmetric.begin()
+        self.symmetric.begin(self.begun)
         self.symmetric.copy(self.puts, (together(k), together(v)))
 
     def arrival(self) -> Arrival:
@@ -260,6 +262,13 @@ def together(x: Tensor) -> Tensor:
 def token_width(k: Tensor, v: Tensor) -> int:
     """Numbers that a token's keys and values hold, in all sequences of the batch."""
     return k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3])
+
+
+def both(first: Tensor, second: Tensor) -> Tensor:
+    """Two tensors alike, one right behind the other in memory, as one [2, ...]."""
+    assert first.shape == second.shape
+    assert second.data_ptr() - first.data_ptr() == first.nbytes
+    return first.as_strided((2, *first.shape), (first.numel(), *first.stride()))
 
 
 def views(memory: Tensor, dtype: torch.dtype, first: tuple[int, ...], second: tuple[int, ...]) -> Pair:
@@ -300,8 +309,8 @@ def backward(
     there.bring(k, v)
     work = Backward(call, dout, q, k, v, out, lse, dlse)
     if call.schedule.at_once:
-        work.all_keys(there.segments, there.arrival(), there.homes)
-        symmetric.copy(there.returns)
+        work.all_keys(there.segments, there.arrival(), there.delivery)
+        symmetric.mark(there.backs)
     else:
         work.own_keys(work.first)
         symmetric.hear(KEYS, there.poison)

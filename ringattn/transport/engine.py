@@ -53,9 +53,9 @@ class Engine:
             copy(to, there, bases[number] + offset, here, width, rows, kind, stream)
         )
 
-    def mark(self, words: Tensor) -> Operation:
+    def mark(self, *words: Tensor) -> Operation:
         """Writes words of 32 bits, once all that the stream holds is visible."""
-        writes = [self.write(words.data_ptr() + 4 * index) for index in range(words.numel())]
+        writes = [self.write(x.data_ptr() + 4 * index) for x in words for index in range(x.numel())]
 
         def run(_bases: Sequence[int], count: int, stream: int) -> None:
             for write in writes:

@@ -119,13 +119,16 @@ class Symmetric(Protocol):
         """Words of a rank, int32 [ROWS, WORDS], zeros at first."""
         ...
 
-    def begin(self) -> None:
-        """Counts a call; what is computed and copied from now on belongs to it."""
+    def begin(self, marks: Sequence[Mark] = ()) -> None:
+        """Counts a call, to which belongs what is computed and copied from now on, and marks words that say so."""
+        ...
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        """Marks words once the compute so far is done, and what it has stored in regions is there."""
         ...
 
     def copy(self, puts: Sequence[Step], tensors: Sequence[Tensor] = ()) -> None:
-        """Starts to put parts of some tensors, as the compute so far has left them, where they belong; what it has
-        itself stored in regions is there when words are marked."""
+        """Starts to put parts of some tensors, as the compute so far has left them, where they belong."""
         ...
 
     def hear(self, row: int, poison: Tensor) -> None:

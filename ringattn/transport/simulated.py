@@ -200,10 +200,15 @@ class SimulatedTransport:
         """See `Symmetric.words`."""
         return self.ends[rank].my_words
 
-    def begin(self) -> None:
+    def begin(self, marks: Sequence[Mark] = ()) -> None:
         """See `Symmetric.begin`."""
         self.calls += 1
         self.count.fill_(self.calls)
+        self.copy(marks)
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        """See `Symmetric.mark`."""
+        self.copy(marks)
 
     def copy(self, puts: Sequence[Step], tensors: Sequence[Tensor] = ()) -> None:
         """See `Symmetric.copy`."""

@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ringattn.transport.engine import Engine, Operation, Recording
-from ringattn.transport.interface import ROWS, WORDS, Put, Step, TransportError
+from ringattn.transport.interface import ROWS, WORDS, Mark, Put, Step, TransportError
 
 __all__ = ["SymmetricMemory", "node"]
 
 ALIGNMENT = 1024
 KNOWN = 256  # lists of copies that are remembered
+Known = tuple[Sequence[Step], list[Operation]]
 BY_A_KERNEL = -1  # found to be late, in place of a set of ranks
 
 
@@ -76,12 +77,11 @@ class SymmetricMemory:
         self.start, self.done = torch.cuda.Event(), torch.cuda.Event()
         self.leaving: list[Sequence[Tensor]] = []  # tensors that are being put
         self.waiting: Any = None
-        self.known: dict[Any, tuple[Sequence[Step], list[Operation]]] = {}
+        self.known: dict[Any, Known] = {}
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
         self.late, self.count = torch.zeros(2, 1, dtype=torch.int32, device=device)
-        self.counting = self.engine.mark(self.count)
         self.aside, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.latest: Recording | None = None  # a pool ends with the last graph that uses it, and cannot be used again
         self.all_words = self.map(4 * ROWS * WORDS)
@@ -148,10 +148,22 @@ class SymmetricMemory:
         """See `Symmetric.words`."""
         return self.all_words.of_rank[rank].view(torch.int32).view(ROWS, WORDS)
 
-    def begin(self) -> None:
+    def begin(self, marks: Sequence[Mark] = ()) -> None:
         """See `Symmetric.begin`."""
         self.turn()
-        self.counting((), self.calls, self.compute.cuda_stream)
+        self.write(marks, self.count)
+
+    def mark(self, marks: Sequence[Mark]) -> None:
+        """See `Symmetric.mark`."""
+        self.write(marks)
+
+    def write(self, marks: Sequence[Mark], *own: Tensor) -> None:
+        """Writes words from the stream of the compute itself, which nobody has to wait for first."""
+        name = id(marks), len(own)
+        known = self.known.get(name)
+        if known is None:
+            known = self.remember(name, marks, [self.engine.mark(*own, *(x.words for x in marks))])
+        known[1][0]((), self.calls, self.compute.cuda_stream)
 
     def turn(self) -> None:
         """Another call begins, on the current stream."""
@@ -206,10 +218,15 @@ class SymmetricMemory:
         if known is None:
             engine = self.engine
             operations = [engine.put(x, tensors) if isinstance(x, Put) else engine.mark(x.words) for x in puts]
-            known = self.known[name] = puts, operations  # held, so that nothing else gets its id
-            if len(self.known) > KNOWN:
-                del self.known[next(iter(self.known))]
+            known = self.remember(name, puts, operations)
         return known[1]
+
+    def remember(self, name: Any, steps: Sequence[Step], operations: list[Operation]) -> Known:
+        """Keeps what steps mean to CUDA; and the steps themselves, so that nothing else gets their id."""
+        known = self.known[name] = steps, operations
+        if len(self.known) > KNOWN:
+            del self.known[next(iter(self.known))]
+        return known
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""

@@ -96,7 +96,7 @@ def attend(architecture: str, head_dim: int, dtype: torch.dtype, length: int, wi
             hopper_backward_launch.backward(*inputs, None, None, None, deterministic)
             hopper_backward_launch.backward(*inputs, dq, dk, dv, deterministic)
             hopper_backward_launch.backward(*inputs, None, None, None, deterministic, dtype)
-            on_their_way = {"arrival": arrival, "homes": [(dk, dv)]}
+            on_their_way = {"arrival": arrival, "homes": [torch.stack((dk, dv))]}
             hopper_backward_launch.backward(*inputs, None, None, None, deterministic, **on_their_way)
 
 

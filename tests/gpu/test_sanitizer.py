@@ -88,7 +88,7 @@ def main() -> None:
         near_k, far_k, near_v, far_v = (x.contiguous() for whole in (k, v) for x in whole.split([SLOT, keys - SLOT], 1))
         for late in (False, True):
             flags = torch.zeros(1, 2, dtype=torch.int32, device="cuda")
-            home = tuple(torch.empty(2, 1, keys - SLOT, 2, d, device="cuda"))
+            home = torch.empty(2, 1, keys - SLOT, 2, d, device="cuda")
             epoch, error = torch.full((1,), late, dtype=torch.int32, device="cuda"), torch.zeros_like(flags[0, :1])
             begun = kernel.begin(dout, q, v, out, lse, None, scale=0.1)
             arrival = Arrival(far_k, far_v, flags, epoch, SLOT, 1, error)

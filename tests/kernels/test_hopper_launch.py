@@ -74,16 +74,17 @@ def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pyt
     words = torch.zeros(2, groups, dtype=torch.int32)
     arrival = Arrival(far_k, far_v, words, words[:1, 0], slot, 1, words[:1, 0])
     inputs = dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic
-    homes = [(torch.empty(batch, n, groups, 128), torch.empty(batch, n, groups, 128)) for n in (200, 300)]
+    homes = [torch.empty(2, batch, n, groups, 128) for n in (200, 300)]
     _, dk, dv = hopper_backward_launch.backward(*inputs, arrival=arrival, homes=homes)
     assert dk.shape == dv.shape == k.shape
     _, (_, _, (programs, _, _), arguments, _, constants) = launches
     assert dict(constants)["WAIT"]
-    order, addresses, shared = arguments[10].tolist(), arguments[26], arguments[27]
+    order, shared = arguments[10].tolist(), arguments[33]
     assert len(order) == programs
     keys, shares = (*range(0, 1024, 128), 1280, 1408, 2560, 2816), heads // groups // dict(constants)["SHARE"]
     assert sorted(row[:2] for row in order) == [[unit, key] for unit in range(batch * groups * shares) for key in keys]
-    assert addresses.tolist() == [[dk.data_ptr(), dv.data_ptr(), dk.shape[1]] for dk, dv in homes]
+    assert [x.base.data_ptr() for x in arguments[26:28]] == [x.data_ptr() for x in homes]
+    assert arguments[28:33] == (None,) * 5
     assert shared.numel() == (programs if shares > 1 else 0)
     pairs = zip(order[::shares], order[shares - 1 :: shares], strict=True)
     assert all(second[:2] == [first[0] + shares - 1, first[1]] for first, second in pairs)

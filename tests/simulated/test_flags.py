@@ -67,7 +67,7 @@ class Patient(ReferenceKernel):
             lses.append(lse)
         return torch.cat(outs, 2), torch.cat(lses, 1)
 
-    def backward(self, dout, q, k, v, out, lse, delta, segments, *, arrival=None, homes=(), kept=None, **options):
+    def backward(self, dout, q, k, v, out, lse, delta, segments, *, arrival=None, homes=(), **options):
         assert arrival is not None
 
         def blocks(segment):  # as keys are cut in tiles
