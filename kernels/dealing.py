@@ -6,7 +6,8 @@ the L2 cache; in a section the longest tiles come first, and for one tile its he
 Where programs stay until the end (`deal`), each piece goes to the program that will be done first with what it has. So
 a queue would deal them as the programs run; here it is worked out beforehand, by the blocks that each walks. Dealt in
 turn, lengths that come in steps leave some programs a twentieth more to do than others: a shard of the zigzag layout
-has tiles of 96 to 128 blocks and then of 1 to 32.
+has tiles of 96 to 128 blocks and then of 1 to 32. A shard without short tiles leaves a hundredth: it has 32 to 96, and
+nothing to fill gaps with. So in the end programs trade pieces of the last section (`even_out`).
 
 Where every piece has a program of its own (`queue`), the GPU starts the next one where one has ended. A section that
 begins with long pieces when the others are nearly done holds up the end, with packed documents by a quarter of the
@@ -32,6 +33,7 @@ from .tiles import Work, query_tiles, to_device
 __all__ = ["Dealt", "Queue", "deal", "dealt_tiles", "queue"]
 
 BEGINNING = 1.5  # what a tile takes besides its blocks, in blocks
+EVEN = 1.001  # the most that a program should do, as a part of the mean
 LONGER = 1.03  # how much longer an order may take than one that uses the L2 cache less well
 
 
@@ -73,8 +75,8 @@ def hand_out(lengths: np.ndarray, programs: int) -> tuple[list[int], np.ndarray]
 
 
 def deal(blocks: np.ndarray, heads: int, side: int, programs: int) -> list[list[tuple[int, int]]]:
-    """The pieces (head, tile) of each program, in its order: tiles of so many blocks, longest first, for every head, in
-    sections of `side` heads.
+    """The pieces (head, tile) of each program: tiles of so many blocks for every head, section after section of `side`
+    heads.
 
     Example:
         >>> deal(np.array([4, 2, 1]), heads=2, side=2, programs=3)
@@ -82,10 +84,42 @@ def deal(blocks: np.ndarray, heads: int, side: int, programs: int) -> list[list[
     """
     hands: list[list[tuple[int, int]]] = [[] for _ in range(programs)]
     tile, head = sections(0, len(blocks), heads, side)
-    owners, _ = hand_out(blocks[tile] + BEGINNING, programs)
-    for program, piece in zip(owners, zip(head.tolist(), tile.tolist(), strict=True), strict=True):
+    lengths = blocks[tile] + BEGINNING
+    owners = np.array(hand_out(lengths, programs)[0], int)
+    even_out(owners, lengths, programs, len(blocks) * (heads - side))
+    for program, piece in zip(owners.tolist(), zip(head.tolist(), tile.tolist(), strict=True), strict=True):
         hands[program].append(piece)
     return hands
+
+
+def even_out(owners: np.ndarray, lengths: np.ndarray, programs: int, first: int) -> None:
+    """Swaps pieces, from `first` on, between whoever has most to do and others, as long as the busier of the two then
+    has less; in place.
+
+    Example:
+        >>> owners = np.array([0, 0, 1, 1])  # with 9 and 7 to do
+        >>> even_out(owners, np.array([5.0, 4.0, 4.0, 3.0]), 2, 0)
+        >>> owners.tolist()
+        [1, 0, 0, 1]
+    """
+    loads = np.bincount(owners, lengths, programs)
+    owners, lengths = owners[first:], lengths[first:]
+    for _ in range(2 * programs):
+        busiest = int(loads.argmax())
+        mine, others = (owners == busiest).nonzero()[0], (owners != busiest).nonzero()[0]
+        if loads[busiest] <= EVEN * loads.mean() or not len(mine) or not len(others):
+            break
+        less = lengths[mine, None] - lengths[others]
+        after = np.maximum(loads[busiest] - less, loads[owners[others]] + less)
+        give, take = divmod(int(after.argmin()), len(others))
+        if after[give, take] >= loads[busiest]:
+            break
+        give, take = mine[give], others[take]
+        peer = int(owners[take])
+        less = lengths[give] - lengths[take]
+        loads[busiest] -= less
+        loads[peer] += less
+        owners[give], owners[take] = peer, busiest
 
 
 def dealt_tiles(

@@ -40,7 +40,7 @@ def loads(segments: Segments, rows: int, **changed) -> np.ndarray:
 def test_shards_of_the_zigzag_layout_are_dealt_evenly(tokens, rank):
     segments = make_plan("zigzag", 2 * tokens, 2, causal=True).gathered_segments(rank)
     each = loads(segments, tokens)
-    assert each.max() <= 1.01 * each.mean()
+    assert each.max() <= 1.002 * each.mean()
 
 
 @pytest.mark.parametrize("together", [1, 2])
