@@ -7,6 +7,7 @@ A fork server that has torch imported already forks each rank. A worker body is 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import tempfile
 import time
@@ -23,6 +24,13 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     ["torch._dynamo", "ringattn", "tests.gang", "pytest"]
 )  # dynamo: seconds, at the first operator
+
+
+def ranks_on_gpus() -> tuple[int, str]:
+    """How many ranks tests on GPUs have, and over which backend: one on each GPU, or two that take turns with a single
+    one, which NCCL would refuse."""
+    gpus = torch.cuda.device_count()
+    return (gpus, "nccl") if gpus > 1 else (2, "gloo")
 
 
 def run_ranks(
@@ -83,6 +91,8 @@ def _rank(
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
+    else:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # ranks that share a GPU
     try:
         dist.init_process_group(
             backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)

@@ -1,4 +1,5 @@
-"""Every executor on all GPUs: results, a soak with delays, and the death of a rank."""
+"""Every executor on all GPUs: results, a soak with delays, and the death of a rank. On a single GPU `pull` alone, since
+NCCL does not let ranks share one."""
 
 import hashlib
 import os
@@ -26,27 +27,29 @@ from ringattn.launch.oracle import (
     make_inputs,
 )
 from ringattn.ranks import group_name, ranks_named
-from tests.gang import run_ranks
+from tests.gang import ranks_on_gpus, run_ranks
 from tests.ranks import test_packed as packed
 from tests.ranks.test_attention import CASES, check_cases
 from tests.soak import compile_ahead, die_in_the_middle, soak
 from tests.tolerance import assert_close
 
 GPUS = torch.cuda.device_count()
-EXECUTORS = ["ring", "gather", "pull"]
+RANKS, BACKEND = ranks_on_gpus()
+EXECUTORS = ["ring", "gather", "pull"] if BACKEND == "nccl" else ["pull"]
 DEADLINE = 8.0  # longer than one rank compiles what another need not
 GANGS = 12  # that compile side by side
 BIT_EQUAL = [Case(8192, 1, 8, 2, 128, True, torch.bfloat16), Case(3000, 2, 4, 4, 64, False, torch.float16)]
 REPETITIONS = 10
 
-pytestmark = [pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.skipif(not GPUS, reason="needs a GPU"), pytest.mark.timeout(600)]
+needs_hopper = pytest.mark.skipif(not GPUS or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_equal_to_one_rank(executor):
     """All layouts, masks, lengths and batches with one choice of heads: every other one compiles kernels anew."""
     cases = [case for case in CASES if case[1] == (8, 2) and case[-1] != torch.float32]
-    run_ranks(GPUS, check_cases, random.Random(0).sample(cases, 40), "cuda", executor, backend="nccl", timeout=280)
+    run_ranks(RANKS, check_cases, random.Random(0).sample(cases, 40), "cuda", executor, backend=BACKEND, timeout=280)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -54,7 +57,7 @@ def test_packed_documents_and_windows(executor):
     """All layouts; bf16 and one choice of heads, for the same reason."""
     cases = [case for case in packed.CASES if case[2] == (8, 2) and case[-1] != torch.float32]
     cases = random.Random(0).sample(cases, 40)
-    run_ranks(GPUS, packed.check_cases, cases, "cuda", executor, backend="nccl", timeout=280)
+    run_ranks(RANKS, packed.check_cases, cases, "cuda", executor, backend=BACKEND, timeout=280)
 
 
 def test_soak():
@@ -63,11 +66,11 @@ def test_soak():
     executors = tuple(EXECUTORS)
 
     def ahead(part: int) -> None:
-        run_ranks(GPUS, compile_ahead, "cuda", executors, part, GANGS, backend="nccl", timeout=280)
+        run_ranks(RANKS, compile_ahead, "cuda", executors, part, GANGS, backend=BACKEND, timeout=280)
 
     with ThreadPoolExecutor(GANGS) as pool:
         list(pool.map(ahead, range(GANGS)))
-    run_ranks(GPUS, soak, "cuda", executors, steps, backend="nccl", timeout=280)
+    run_ranks(RANKS, soak, "cuda", executors, steps, backend=BACKEND, timeout=280)
 
 
 def die_soon(rank: int, executor: str, where: str) -> str:
@@ -78,7 +81,7 @@ def die_soon(rank: int, executor: str, where: str) -> str:
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_others_raise_when_a_rank_dies(executor, where):
-    said = run_ranks(GPUS, die_soon, executor, where, backend="nccl", timeout=100, dying=(GPUS - 1,))
+    said = run_ranks(RANKS, die_soon, executor, where, backend=BACKEND, timeout=100, dying=(RANKS - 1,))
     assert all(f"waited {DEADLINE:g} s for" in message for message in said[:-1])
 
 
@@ -105,10 +108,12 @@ def bits_of_results(rank: int, executors: tuple[str, ...]) -> list[str]:
     return digests
 
 
-@pytest.mark.skipif(GPUS < 2 or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
+@needs_hopper
 def test_bit_equal_from_run_to_run():
     """All gradients, dq too, with the Hopper kernels: from call to call and in new processes."""
-    first, second = (run_ranks(GPUS, bits_of_results, tuple(EXECUTORS), backend="nccl", timeout=140) for _ in range(2))
+    first, second = (
+        run_ranks(RANKS, bits_of_results, tuple(EXECUTORS), backend=BACKEND, timeout=140) for _ in range(2)
+    )
     assert first == second
     assert first[0] == first[1]
 
@@ -120,7 +125,7 @@ def in_a_new_thread(rank: int) -> bool:
     cp = ringattn.ContextParallel(executor="pull")
 
     def attend() -> torch.Tensor:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(q.device)
         return cp.attention(*shards, causal=case.causal)
 
     with torch.no_grad():
@@ -133,7 +138,7 @@ def in_a_new_thread(rank: int) -> bool:
 
 
 def test_in_a_thread_that_has_not_used_cuda():
-    assert all(run_ranks(GPUS, in_a_new_thread, backend="nccl", timeout=60))
+    assert all(run_ranks(RANKS, in_a_new_thread, backend=BACKEND, timeout=60))
 
 
 SCHEDULES = [
@@ -159,6 +164,6 @@ def errors_of_schedules(rank: int) -> None:
                 assert_close(attend_across_ranks(cp, case, inputs), right, baseline)
 
 
-@pytest.mark.skipif(GPUS < 2 or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
+@needs_hopper
 def test_every_schedule_of_pull():
-    run_ranks(GPUS, errors_of_schedules, backend="nccl", timeout=140)
+    run_ranks(RANKS, errors_of_schedules, backend=BACKEND, timeout=140)

@@ -5,11 +5,11 @@ import torch
 
 import ringattn
 from ringattn.launch.oracle import Result
-from tests.gang import run_ranks
+from tests.gang import ranks_on_gpus, run_ranks
 
-GPUS = torch.cuda.device_count()
+RANKS, BACKEND = ranks_on_gpus()
 
-pytestmark = [pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), pytest.mark.timeout(200)]
 
 
 def layers_and_steps(rank: int, kernel: str, way: dict[str, bool]) -> tuple[int, int]:
@@ -20,7 +20,6 @@ def layers_and_steps(rank: int, kernel: str, way: dict[str, bool]) -> tuple[int,
     from ringattn.executors.call import Schedule
     from ringattn.ranks import group_name, ranks_named
 
-    torch.cuda.set_device(rank)
     ranks, records, compared = ranks_named(group_name(None)), 0, 0
     cp = ringattn.ContextParallel(kernel=kernel, executor="pull", deterministic=True)
     leaves = [
@@ -63,6 +62,6 @@ def test_the_same_bits(kernel, way):
         pytest.skip("needs Hopper GPUs")
     if kernel == "triton" and "at_once" in way:
         pytest.skip("it does not wait for keys")
-    for records, compared in run_ranks(GPUS, layers_and_steps, kernel, way, backend="nccl", timeout=180):
+    for records, compared in run_ranks(RANKS, layers_and_steps, kernel, way, backend=BACKEND, timeout=180):
         assert records > 0
         assert compared == 6 * 2 * 4
