@@ -44,7 +44,7 @@ SOURCES = gl.constexpr(hopper.SOURCES)
 def hopper_backward_kernel(
     q, k, v, dout, pieces, places, walks, dq, dk, dv, order, runs, visits, turns, counters, scale, scale_log2, CELLS,
     far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE: "i64",  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
-    home0, home1, home2, home3, home4, home5, home6, shared,
+    home0, home1, home2, home3, home4, home5, home6, home7, shared,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, ORDERED: gl.constexpr,
     WAIT: gl.constexpr,
 ):  # fmt: skip
@@ -52,10 +52,10 @@ def hopper_backward_kernel(
 
     q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D], pieces of [B * H, L, PIECES] (`hopper_prepare.py`),
     places from `hopper_backward_launch.places`, and walks of the lines of `runs`. A program takes SHARE of the GROUP
-    query heads of a key/value head. ORDERED: adds to dQ wait for their turn (`turns.py`).
-    WAIT: keys from SLOT on are in far_k and far_v, and there when the flag says so (`await_flag`) that SHARED key/value
-    heads of a slot have; dK and dV of the first such slot go to `home0` (`deliver`), and so on, and `shared` counts who
-    has stored them.
+    query heads of a key/value head. ADD: dk and dv are sums already. ORDERED: adds to dQ wait for their turn
+    (`turns.py`). WAIT: keys from SLOT on are in far_k and far_v, and there when the flag says so (`await_flag`) that
+    SHARED key/value heads of a slot have; dK and dV of own keys go to `home0` (`deliver`), of those in the first such
+    slot to `home1`, and so on.
     """
     WIDTH: gl.constexpr = k.block_type.shape[3]
     SLOTS: gl.constexpr = 4 if WIDTH == 64 else 2  # for steps of rows and for their dS
@@ -108,8 +108,8 @@ def hopper_backward_kernel(
     results = (dk, dv)
     work = (order, runs)
     arrival = (far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE)
-    homes = (home0, home1, home2, home3, home4, home5, home6)
-    ends = (results, over, (homes, shared, SLOT, stored))
+    homes = (home0, home1, home2, home3, home4, home5, home6, home7)
+    ends = (results, homes, SLOT, over, shared, stored)
     # So nothing is spilled: registers of warps that copy, and the role of the warpgroup that the kernel begins with.
     SINGLE: gl.constexpr = 32
     FIRST: gl.constexpr = 2 if dk.dtype == gl.float32 else 0
@@ -177,8 +177,8 @@ def load(
                 fetch(q, [i_b, i_h, start + j, 0], here, s_q.index(slot))
                 fetch(dout, [i_b, i_h, start + j, 0], here, s_do.index(slot))
                 slot, phase = advance(slot, phase, s_q.shape[0])
-    if WAIT and SHARE < GROUP:
-        pass_on(order, ends[2], GROUPS, GROUP, SHARE)
+    if SHARE < GROUP:
+        pass_on(order, ends, GROUPS, GROUP, SHARE)
 
 
 @gluon.jit
@@ -227,61 +227,67 @@ def store(
     HALF: gl.constexpr, grads, ring, ends, order,
     GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr, ADD: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one half of the tile's keys, to where they belong."""
-    results, over, delivery = ends
-    _homes, _shared, SLOT, _stored = delivery
+    """dK and dV of one half of the tile's keys, by way of free memory, to where they belong. Of two programs that share
+    a tile, one right after the other, the second adds once the first has stored: int32 `shared` [programs] counts that
+    for the first."""
+    results, homes, SLOT, over, shared, stored = ends
+    dtype: gl.constexpr = results[0].dtype
     mbarrier.arrive(over, count=1)
     mbarrier.wait(over, 0)  # nobody reads Q and dO any more
-    i_b, i_g, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
-    if WAIT:
-        if key0 >= SLOT:
-            deliver(HALF, grads, ring[HALF], delivery, i_b, i_g, head0, key0, GROUP, SHARE)
-        else:
-            put(results, grads, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
-    else:
-        put(results, grads, ring[HALF], [i_b, i_g, key0 + HALF * 64, 0], ADD)
-
-
-@gluon.jit
-def deliver(
-    HALF: gl.constexpr, grads, s_free, delivery, i_b, i_g, head0, key0, GROUP: gl.constexpr, SHARE: gl.constexpr
-):
-    """Stores them at their owner's, maybe in another GPU's memory: [2 B, H, L, D] for each source, dK of all sequences
-    and then dV. Of two programs that share a tile, one right after the other, the second adds once the first has
-    stored: int32 `shared` [programs] counts that for the first."""
-    homes, shared, SLOT, stored = delivery
-    i_source, first = key0 // SLOT - 1, key0 % SLOT + HALF * 64
-    second = head0 % GROUP > 0
+    second = place(order, GROUPS, GROUP, SHARE)[2] % GROUP > 0
     if SHARE < GROUP and second:
         await_turn(shared + read_anew("%ctaid.x") - 1, 1)
     for number in gl.static_range(2):
-        s_x = staged(grads[number], s_free, gl.float32)
-        for i in gl.static_range(SOURCES):
-            if homes[i] is not None:
-                bring(homes[i], i_source == i, number, i_b, i_g, first, s_x, SHARE < GROUP and second)
+        s_x = staged(grads[number], ring[HALF], dtype)
+        i_b, i_g, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
+        onto = ADD or (SHARE < GROUP and head0 % GROUP > 0)
+        if WAIT:
+            deliver(homes, number, i_b, i_g, key0 + HALF * 64, SLOT, s_x, onto)
+        else:
+            bring(results[number], [i_b, i_g, key0 + HALF * 64, 0], s_x, onto)
         tma.store_wait(0)
-    if SHARE < GROUP and not second:  # one lane stores by TMA, waits for that, and arrives
+    if (
+        SHARE < GROUP and place(order, GROUPS, GROUP, SHARE)[2] % GROUP == 0
+    ):  # one lane stores by TMA, waits for that, and arrives
         reduced()
         mbarrier.arrive(stored, count=1)
 
 
 @gluon.jit
-def bring(home, here, number: gl.constexpr, i_b, i_g, first, s_x, add):
-    """Starts to store a tile, or to add it, if this is its home."""
-    if here:
-        coord = [number * (home.shape[0] // 2) + i_b, i_g, first, 0]
-        if add:
-            reduce_add(home, coord, s_x)
-        else:
-            write(home, coord, s_x)
+def staged(b_x, s_free, dtype: gl.constexpr):
+    """A tile in free memory, for TMA."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_x.shape, dtype)
+    s_x = viewed(s_free, dtype, b_x.shape, layout)
+    s_x.store(b_x.to(dtype))
+    fence_async_shared()
+    return s_x
 
 
 @gluon.jit
-def pass_on(order, delivery, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
+def deliver(homes, number: gl.constexpr, i_b, i_g, key0, SLOT, s_x, onto):
+    """Starts to bring a tile home, maybe into another GPU's memory: [2 B, H, L, D] for each source, dK of all sequences
+    and then dV."""
+    for i in gl.static_range(1 + SOURCES):
+        if homes[i] is not None:  # noqa: SIM102  (for the compiler)
+            if key0 // SLOT == i:
+                bring(homes[i], [number * (homes[i].shape[0] // 2) + i_b, i_g, key0 % SLOT, 0], s_x, onto)
+
+
+@gluon.jit
+def bring(desc, coord, s_x, onto):
+    """Starts to store a tile, or to add it `onto` what is there."""
+    if onto:
+        reduce_add(desc, coord, s_x)
+    else:
+        write(desc, coord, s_x)
+
+
+@gluon.jit
+def pass_on(order, ends, GROUPS: gl.constexpr, GROUP: gl.constexpr, SHARE: gl.constexpr):
     """Lets the second program of a tile add, when the first has stored."""
-    _homes, shared, SLOT, stored = delivery
-    _, _, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
-    if (key0 >= SLOT) & (head0 % GROUP == 0):
+    _results, _homes, _SLOT, _over, shared, stored = ends
+    _, _, head0, _, _, _ = place(order, GROUPS, GROUP, SHARE)
+    if head0 % GROUP == 0:
         mbarrier.wait(stored, 0)
         gl.atomic_add(shared + read_anew("%ctaid.x"), 1, sem="release", scope="sys")
 
@@ -327,33 +333,3 @@ def add(
                 gl.atomic_add(p_counter, 1, sem="release")
                 if touches_next:
                     gl.atomic_add(p_counter + 1, 1, sem="release")
-
-
-@gluon.jit
-def put(descs, grads, s_free, coord, ADD: gl.constexpr):
-    """Stores tiles of dK and dV by way of free memory, or adds them to what is there."""
-    dk, dv = descs
-    b_dk, b_dv = grads
-    put_tile(dv, b_dv, s_free, coord, ADD)
-    put_tile(dk, b_dk, s_free, coord, ADD)
-
-
-@gluon.jit
-def put_tile(desc, b_x, s_free, coord, ADD: gl.constexpr):
-    """One of them."""
-    s_x = staged(b_x, s_free, desc.dtype)
-    if ADD:
-        reduce_add(desc, coord, s_x)
-    else:
-        write(desc, coord, s_x)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def staged(b_x, s_free, dtype: gl.constexpr):
-    """A tile in free memory, for TMA."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(b_x.shape, dtype)
-    s_x = viewed(s_free, dtype, b_x.shape, layout)
-    s_x.store(b_x.to(dtype))
-    fence_async_shared()
-    return s_x

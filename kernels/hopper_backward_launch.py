@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from itertools import accumulate
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -30,7 +28,6 @@ __all__ = ["backward", "begin"]
 # Keys of a tile, rows of a block and of a step, as the kernel has them.
 KEYS, BLOCK, ROWS = (size.value for size in (hopper_backward.KEYS, hopper_walk.BLOCK, hopper_walk.ROWS))
 PREPARED = 32  # rows of a program of `prepare_kernel`
-NONE = (0,)  # the shape of nothing
 BEGINNING = 1.2  # what a program takes besides its blocks, in blocks of one head
 PATIENCE = 7  # when sums are ordered, so many times the tiles of a head at work are at most the blocks that one walks
 
@@ -90,23 +87,21 @@ def backward(
         lambda _: placed(work, shape, shares, group // shares, flags, deterministic, q.device),
     )
     where = segments.derive((places, rows, q.device), lambda _: places(rows, q.device))
-    onto = running or shares > 1
     if pieces is None:
         dq, pieces = begin(q, v, lse, delta, scale, dq)
     assert dq is not None
     cells = -(-rows // BLOCK)
-    counters, shared, zero_dk, zero_dv = all_zero(
-        q.device,
-        (batch * heads * cells if deterministic else 0,),
-        (order.shape[0] if homes and shares > 1 else 0,),
-        (batch, own, groups, d) if dk is None and onto else NONE,
-        (batch, own, groups, e) if dv is None and onto else NONE,
-    )
+    counts = batch * heads * cells * deterministic, order.shape[0] * (shares > 1)
+    counters, shared = torch.zeros(sum(counts), dtype=torch.int32, device=q.device).split(counts)
+    dtype = torch.float32 if running or shares > 1 or out_dtype is None else out_dtype
+    if arrival is not None:
+        assert not running
+        homes = q.new_empty(2, batch, own, groups, d, dtype=dtype), *homes
+        dk, dv = homes[0]
+    fresh = q.new_zeros if running else q.new_empty
     dk, dv = (
-        (zero if onto else q.new_empty(batch, own, groups, columns, dtype=out_dtype or torch.float32))
-        if total is None
-        else total
-        for columns, total, zero in ((d, dk, zero_dk), (e, dv, zero_dv))
+        fresh(batch, own, groups, columns, dtype=dtype) if total is None else total
+        for columns, total in ((d, dk), (e, dv))
     )
     sums = [described(x, ROWS, block) for x, block in ((dq, 64), (dk, width), (dv, width))]
     launch(
@@ -116,12 +111,12 @@ def backward(
         (
             *(described(x, block, width) for x, block in ((q, ROWS), (k, KEYS), (v, KEYS), (dout, ROWS))),
             pieces, where, Described(runs, form_of_lines(*runs.shape)),
-            *sums, order, runs, *turns, counters.view(torch.int32), scale, scale * LOG2E.value, cells,
-            *arriving(arrival, KEYS, width), *at_home(homes, sums[1]), shared.view(torch.int32),
+            *sums, order, runs, *turns, counters, scale, scale * LOG2E.value, cells,
+            *arriving(arrival, KEYS, width), *at_home(homes, width), shared,
         ),
         (),
         (
-            ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("ADD", onto),
+            ("GROUPS", groups), ("GROUP", group), ("SHARE", group // shares), ("ADD", running),
             ("ORDERED", deterministic), ("WAIT", arrival is not None), ("num_warps", 4), ("maxnreg", 128),
         ),
     )  # fmt: skip
@@ -129,26 +124,6 @@ def backward(
         if x.base is not total:  # a copy that could be described
             total.copy_(x.base)
     return dq, dk, dv
-
-
-def all_zero(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """fp32 zeros of these shapes, in one piece of memory: the host pays for each launch."""
-    total, places = laid_out(shapes)
-    zeros = torch.zeros(total, dtype=torch.float32, device=device)
-    return [zeros.as_strided(*place) for place in places]
-
-
-@lru_cache(1024)
-def laid_out(shapes: tuple[tuple[int, ...], ...]) -> tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]:
-    """How many numbers, and where in them these shapes are: shape, strides, place of the first, a multiple of 16 bytes.
-
-    Example:
-        >>> laid_out(((5,), (2, 3)))
-        (16, [((5,), (1,), 0), ((2, 3), (3, 1), 8)])
-    """
-    ends = [*accumulate(-(-prod(shape) // 4) * 4 for shape in shapes)]
-    strides = [tuple(prod(shape[i + 1 :]) for i in range(len(shape))) for shape in shapes]
-    return ends[-1], [*zip(shapes, strides, [0, *ends[:-1]], strict=True)]
 
 
 class Lowered(NamedTuple):
@@ -175,11 +150,12 @@ def lower(segments: Segments, keys: int, far: tuple[int, int] | None = None) -> 
     return Lowered(work, int(blocks.max(initial=0)), int(blocks.sum()))
 
 
-def at_home(homes: Sequence[Tensor], instead: Described) -> list[Described | None]:
-    """What a kernel is told of where gradients of each source's keys belong; where nothing is seen, something else."""
+def at_home(homes: Sequence[Tensor], width: int) -> list[Described | None]:
+    """What a kernel is told of where gradients of each source's keys belong, own ones first; where nothing is seen, the
+    same as of own ones."""
     assert all(x.is_contiguous() and x.dtype == torch.float32 for x in homes)  # stores do not reach a copy
-    told = [described(x.flatten(0, 1), *instead.block_shape[2:]) if x.numel() else instead for x in homes]
-    return [*told, *[None] * (SOURCES - len(told))]
+    told = [described((x if x.numel() else homes[0]).flatten(0, 1), ROWS, width) for x in homes]
+    return [*told, *[None] * (1 + SOURCES - len(told))]
 
 
 class Placed(NamedTuple):

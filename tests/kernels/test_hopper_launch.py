@@ -79,12 +79,14 @@ def test_keys_on_their_way(batch, heads, groups, deterministic, monkeypatch: pyt
     assert dk.shape == dv.shape == k.shape
     _, (_, _, (programs, _, _), arguments, _, constants) = launches
     assert dict(constants)["WAIT"]
-    order, shared = arguments[10].tolist(), arguments[33]
+    order, (own_home, *told), shared = arguments[10].tolist(), arguments[26:34], arguments[34]
     assert len(order) == programs
     keys, shares = (*range(0, 1024, 128), 1280, 1408, 2560, 2816), heads // groups // dict(constants)["SHARE"]
     assert sorted(row[:2] for row in order) == [[unit, key] for unit in range(batch * groups * shares) for key in keys]
-    assert [x.base.data_ptr() for x in arguments[26:28]] == [x.data_ptr() for x in homes]
-    assert arguments[28:33] == (None,) * 5
+    assert own_home.base.data_ptr() == dk.data_ptr()
+    assert own_home.base.shape[0] == 2 * batch
+    assert [x.base.data_ptr() for x in told[:2]] == [x.data_ptr() for x in homes]
+    assert told[2:] == [None] * 5
     assert shared.numel() == (programs if shares > 1 else 0)
     pairs = zip(order[::shares], order[shares - 1 :: shares], strict=True)
     assert all(second[:2] == [first[0] + shares - 1, first[1]] for first, second in pairs)
