@@ -50,7 +50,7 @@ def hopper_backward_kernel(
 ):  # fmt: skip
     """dK and dV of every tile in `order`, stored or added, and dQ added to a sum.
 
-    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D], pieces of [B * H, L, PIECES] (`hopper_prepare.py`),
+    q, k, v, dout, dq, dk, dv are descriptors of [B, H, L, D], pieces of [heads, L, PIECES] (`hopper_prepare.py`),
     places from `hopper_backward_launch.places`, and walks of the lines of `runs`. A program takes SHARE of the GROUP
     query heads of a key/value head. ADD: dk and dv are sums already. ORDERED: adds to dQ wait for their turn
     (`turns.py`). WAIT: keys from SLOT on are in far_k and far_v, and there when the flag says so (`await_flag`) that
@@ -155,7 +155,9 @@ def load(
         2 * q.block_type.nbytes + pieces.block_type.nbytes + places.block_type.nbytes + walks.block_type.nbytes
     )
     i_b, i_g, head0, key0, first, end = place(order, GROUPS, GROUP, SHARE)
-    load_keys(k, v, i_b, i_g, key0, keys, arrival, GROUPS, WAIT)
+    piece0 = i_b * GROUPS * GROUP + head0
+    if load_keys(k, v, i_b, i_g, key0, keys, arrival, GROUPS, WAIT):
+        piece0 = pieces.shape[0] - GROUP  # NaN, and so is what follows
     slot, phase = 0, 1
     for i_run in range(first, end):
         start, length, head, tail, _, _, _, _ = run_at(runs, i_run)
@@ -173,7 +175,7 @@ def load(
                 mbarrier.expect(here, BYTES)
                 fetch(places, [line, 0], here, s_place.index(slot))
                 fetch(walks, [i_run, 0], here, s_walk.index(slot))
-                fetch(pieces, [i_b * GROUPS * GROUP + i_h, start + j, 0], here, s_pieces.index(slot))
+                fetch(pieces, [piece0 + i_head, start + j, 0], here, s_pieces.index(slot))
                 fetch(q, [i_b, i_h, start + j, 0], here, s_q.index(slot))
                 fetch(dout, [i_b, i_h, start + j, 0], here, s_do.index(slot))
                 slot, phase = advance(slot, phase, s_q.shape[0])
@@ -183,24 +185,20 @@ def load(
 
 @gluon.jit
 def load_keys(k, v, i_b, i_g, key0, keys, arrival, GROUPS: gl.constexpr, WAIT: gl.constexpr):
-    """The tile's keys and values; of those that are on their way and do not come, NaN."""
-    s_k, s_v, kv_full = keys
+    """The tile's keys and values; whether they are on their way and have not come in time."""
     far_k, far_v, flags, error, epoch, SHARED, SLOT, PATIENCE = arrival
+    lost = False
     if WAIT:
         if key0 >= SLOT:
             i_flag = flag_of(i_g, key0, SHARED, SLOT, GROUPS)
             await_flag(flags + i_flag, error, gl.load(epoch), PATIENCE, i_flag)
-            if gl.load(error, volatile=True) == 0:
-                fetch_keys(far_k, far_v, i_b, i_g, key0 - SLOT, keys)
-            else:
-                spoil(s_k)
-                spoil(s_v)
-                fence_async_shared()
-                mbarrier.arrive(kv_full, count=1)
+            lost = gl.load(error, volatile=True) != 0
+            fetch_keys(far_k, far_v, i_b, i_g, key0 - SLOT, keys)
         else:
             fetch_keys(k, v, i_b, i_g, key0, keys)
     else:
         fetch_keys(k, v, i_b, i_g, key0, keys)
+    return lost
 
 
 @gluon.jit
@@ -210,16 +208,6 @@ def fetch_keys(k, v, i_b, i_g, key0, keys):
     mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
     fetch(k, [i_b, i_g, key0, 0], kv_full, s_k)
     fetch(v, [i_b, i_g, key0, 0], kv_full, s_v)
-
-
-@gluon.jit
-def spoil(s_x):
-    """Fills a tile with NaN, a few rows at a time, for which one warp has registers."""
-    LINES: gl.constexpr = 8
-    WIDTH: gl.constexpr = s_x.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [1, 1], [1, 0])
-    for i in gl.static_range(s_x.shape[0] // LINES):
-        s_x.slice(i * LINES, LINES).store(gl.full([LINES, WIDTH], float("nan"), s_x.dtype, layout))
 
 
 @gluon.jit

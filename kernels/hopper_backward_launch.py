@@ -235,11 +235,12 @@ def begin(
     dq: Tensor | None = None,
     product: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Described]:
-    """What all launches share: dq, zero unless given, and lse and delta [B, H, L] in pieces, [B * H, L, PIECES]; see
-    `hopper_prepare.py`. With `product`, dout and out, delta is what their product is less. A fresh dq has its heads
-    before its rows in memory: adding to it touches fewer pages."""
+    """What all launches share: dq, zero unless given, and lse and delta [B, H, L] in pieces, [B * H, L, PIECES] and
+    then NaN for as many heads as share keys; see `hopper_prepare.py`. With `product`, dout and out, delta is what their
+    product is less. A fresh dq has its heads before its rows in memory: adding to it touches fewer pages."""
     batch, rows, heads, d = q.shape
-    form = form_of_pieces(batch * heads, rows, q.dtype)
+    lost = heads // v.shape[2]
+    form = form_of_pieces(batch * heads + lost, rows, q.dtype)
     pieces = torch.empty(form.shape, dtype=q.dtype, device=q.device)
     zeros = None
     if dq is None:
@@ -261,15 +262,16 @@ def begin(
             rows,
         ),
         (None, None) if dout is None or out is None else (strides(dout), strides(out)),
-        prepared_for(heads, d, v.shape[3]),
+        prepared_for(heads, lost, d, v.shape[3]),
     )
     return dq, Described(pieces, form)
 
 
 @cache
-def prepared_for(heads: int, d: int, e: int) -> Constants:
+def prepared_for(heads: int, lost: int, d: int, e: int) -> Constants:
     """What `prepare_kernel` is compiled for."""
-    named = {"HEADS": heads, "D": d, "E": e, "BLOCK": PREPARED, "BLOCK_D": block_width(d), "BLOCK_E": block_width(e)}
+    named = {"HEADS": heads, "LOST": lost, "D": d, "E": e}
+    named |= {"BLOCK": PREPARED, "BLOCK_D": block_width(d), "BLOCK_E": block_width(e)}
     return tuple(named.items())
 
 

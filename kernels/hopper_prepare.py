@@ -29,11 +29,11 @@ HIGHEST = tl.constexpr(2.0**30)
 @triton.jit(do_not_specialize=["ROWS"])
 def prepare_kernel(
     dout, out, lse, delta, pieces, dq, scale, ROWS, dout_strides, out_strides,
-    HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    HEADS: tl.constexpr, LOST: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """pieces [B * HEADS, ROWS, PIECES] of lse [B, HEADS, ROWS] and of delta, and zeros in dq [B, HEADS, ROWS, D], all
-    contiguous.
+    """pieces [B * HEADS + LOST, ROWS, PIECES] of lse [B, HEADS, ROWS] and of delta, those of the last LOST heads NaN,
+    for who must not come to numbers; and zeros in dq [B, HEADS, ROWS, D]; all contiguous.
 
     With dout and out, [B, ROWS, HEADS, E], delta is rowsum(dout * out), less `delta` if there is one; without them it
     is `delta`. Without dq nothing is zeroed. A row that sees nothing, lse -inf, gets P = 0. Programs that run side by
@@ -66,6 +66,10 @@ def prepare_kernel(
     i_piece = (o_column % DELTA)[None, :]
     b_piece = tl.where(i_piece == 0, b_0, tl.where(i_piece == 1, b_1, tl.where(i_piece == 2, b_2, tl.zeros_like(b_0))))
     tl.store(pieces + o_row[:, None] * PIECES + o_column[None, :], b_piece, mask=valid[:, None])
+    if (i_b == 0) & (i_h < LOST):
+        o_lost = (tl.num_programs(1) * HEADS + i_h).to(tl.int64) * ROWS + row0 + o_block
+        b_lost = tl.full([BLOCK, PIECES], float("nan"), tl.float32).to(dtype)
+        tl.store(pieces + o_lost[:, None] * PIECES + o_column[None, :], b_lost, mask=valid[:, None])
     if dq is not None:
         o_d = tl.arange(0, BLOCK_D)[None, :]
         b_zero = tl.zeros([BLOCK, BLOCK_D], tl.float32)

@@ -37,7 +37,7 @@ pytestmark = [
 ]
 DONE = "all kernels have run"
 FAULTY = 3  # exit status
-SLOT = 128  # keys that are there before others come
+SLOT = 128  # keys that are there before those of two others come
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
@@ -87,13 +87,13 @@ def main() -> None:
             backward(dout, q, k, v, lse, delta, segments, 0.1, None, None, None, deterministic)
         near_k, far_k, near_v, far_v = (x.contiguous() for whole in (k, v) for x in whole.split([SLOT, keys - SLOT], 1))
         for late in (False, True):
-            flags = torch.zeros(1, 2, dtype=torch.int32, device="cuda")
-            home = torch.empty(2, 1, keys - SLOT, 2, d, device="cuda")
+            flags = torch.zeros(2, 2, dtype=torch.int32, device="cuda")
+            homes = [torch.empty(2, 1, n, 2, d, device="cuda") for n in (SLOT, keys - 2 * SLOT)]
             epoch, error = torch.full((1,), late, dtype=torch.int32, device="cuda"), torch.zeros_like(flags[0, :1])
             begun = kernel.begin(dout, q, v, out, lse, None, scale=0.1)
             arrival = Arrival(far_k, far_v, flags, epoch, SLOT, 1, error)
             inputs = dout, q, near_k, near_v, out, lse, None, segments
-            kernel.backward(*inputs, scale=0.1, **begun, arrival=arrival, homes=[home])
+            kernel.backward(*inputs, scale=0.1, **begun, arrival=arrival, homes=homes)
         torch.cuda.synchronize()
     print(DONE)
 
