@@ -34,7 +34,7 @@ PATIENCE = 7  # when sums are ordered, so many times the tiles of a head at work
 
 def shares_of(group: int, longest: int, blocks: int, processors: int) -> int:
     """How many programs share the query heads of a tile: two where the longest tile would take longer than all of them
-    spread evenly over the multiprocessors. No more, because from zero a + b is b + a: dk and dv stay the same bits.
+    spread evenly over the multiprocessors. No more, because they add one after the other, and four were slower.
 
     Example:
         >>> shares_of(4, 16, 136 * 8, 132), shares_of(4, 64, 2080 * 8, 132), shares_of(1, 16, 136 * 8, 132)

@@ -1,7 +1,7 @@
 """What executors need of a transport. Messages serve any backend; memory that all ranks reach serves one node.
 
-Both start things that go on beside the compute, and hand back a call that makes the compute wait for them. Holding that
-call keeps the tensors alive. Nothing here knows what the bytes mean.
+Both start things that go on beside the compute. `Transport` hands back a call that makes the compute wait for them and
+keeps their tensors alive; for `Symmetric`, `finish` does both. Nothing here knows what the bytes mean.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@ by kernels.
 
     copy        cudaMemcpy(2D)Async from this GPU into the others, on a stream of its own: copy engines, no
                 multiprocessor; words of theirs are written behind the copies
+    mark        words of other ranks are written from the stream of the compute, behind what it has stored itself
     hear        a kernel of one warp looks at words of this rank's, until the deadline (`await_kernel.py`)
 
 Words hold the number of a call and are never reset. Nothing else here waits for another rank once the memory is mapped.
@@ -57,7 +58,7 @@ class SymmetricMemory:
     """One rank's view of the memory of all (`Symmetric`).
 
     Args:
-        group: ranks on one node, each with a GPU of its own.
+        group: ranks on one node, each with a GPU of its own, or in tests two that take turns with one.
         device: this rank's.
         deadline: longest wait for another rank.
     """
