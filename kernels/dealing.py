@@ -34,6 +34,7 @@ __all__ = ["Dealt", "Queue", "deal", "dealt_tiles", "queue"]
 
 BEGINNING = 1.5  # what a tile takes besides its blocks, in blocks
 EVEN = 1.001  # the most that a program should do, as a part of the mean
+OFFERS = 2048  # pieces, about, that the busiest program looks at for a trade: of those that have least to do
 LONGER = 1.03  # how much longer an order may take than one that uses the L2 cache less well
 
 
@@ -100,14 +101,20 @@ def even_out(owners: np.ndarray, lengths: np.ndarray, programs: int, first: int)
         >>> owners = np.array([0, 0, 1, 1])  # with 9 and 7 to do
         >>> even_out(owners, np.array([5.0, 4.0, 4.0, 3.0]), 2, 0)
         >>> owners.tolist()
-        [1, 0, 0, 1]
+        [0, 1, 1, 0]
     """
     loads = np.bincount(owners, lengths, programs)
     owners, lengths = owners[first:], lengths[first:]
+    most = min(programs - 1, OFFERS * programs // max(len(owners), 1))
     for _ in range(2 * programs):
-        busiest = int(loads.argmax())
-        mine, others = (owners == busiest).nonzero()[0], (owners != busiest).nonzero()[0]
-        if loads[busiest] <= EVEN * loads.mean() or not len(mine) or not len(others):
+        order = np.argsort(loads, kind="stable")
+        busiest = int(order[-1])
+        if loads[busiest] <= EVEN * loads.mean():
+            break
+        mine = (owners == busiest).nonzero()[0]
+        mine = mine[np.unique(lengths[mine], return_index=True)[1]]
+        others = np.isin(owners, order[:most]).nonzero()[0]
+        if not len(mine) or not len(others):
             break
         less = lengths[mine, None] - lengths[others]
         after = np.maximum(loads[busiest] - less, loads[owners[others]] + less)

@@ -30,7 +30,7 @@ from . import hopper
 from .hopper_add import await_turn, reduce_add, reduced, viewed, write
 from .hopper_prepare import DELTA, PIECES
 from .hopper_steps import key_sums, query_sums, weights
-from .hopper_tile import advance, await_flag, fetch, flag_of, read_anew, run_at
+from .hopper_tile import advance, await_flag, fetch, flag_of, meet, read_anew, run_at
 from .hopper_walk import BLOCK, ROWS, block_at, masks_at, place, steps_of, visit
 
 __all__ = ["hopper_backward_kernel"]
@@ -238,6 +238,7 @@ def store(
         SHARE < GROUP and place(order, GROUPS, GROUP, SHARE)[2] % GROUP == 0
     ):  # one lane stores by TMA, waits for that, and arrives
         reduced()
+        meet()  # every warp has stored a part of the tile, and one lane arrives
         mbarrier.arrive(stored, count=1)
 
 

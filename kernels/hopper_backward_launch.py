@@ -91,7 +91,7 @@ def backward(
         dq, pieces = begin(q, v, lse, delta, scale, dq)
     assert dq is not None
     cells = -(-rows // BLOCK)
-    counts = batch * heads * cells * deterministic, order.shape[0] * (shares > 1)
+    counts = -(-batch * heads * cells // 4) * 4 * deterministic, order.shape[0] * (shares > 1)  # both at 16 bytes
     counters, shared = torch.zeros(sum(counts), dtype=torch.int32, device=q.device).split(counts)
     dtype = torch.float32 if running or shares > 1 or out_dtype is None else out_dtype
     if arrival is not None:

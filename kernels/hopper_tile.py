@@ -25,6 +25,7 @@ __all__ = [
     "fetch",
     "flag_of",
     "locate",
+    "meet",
     "named_arrive",
     "named_sync",
     "product_layout",
@@ -40,6 +41,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # the maximum over nothing; -inf less -inf would be NaN
 
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name until Triton 3.7
+meet = getattr(gl, "barrier", None) or gl.thread_barrier  # of a warpgroup; its name until Triton 3.6
 run_at = gluon.jit(triton_tile.run_at.fn)
 
 

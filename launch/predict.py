@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from ringattn.cost import Workload, choose_executor
+from ringattn.kernels.hopper import SOURCES
 from ringattn.plan import make_plan
 from ringattn.rates import KERNEL_RATES, LAUNCH
 
@@ -38,7 +39,7 @@ def dense(
         itemsize=2,
         same_node=same_node,
         waits=kernel == "hopper",
-        delivers=kernel == "hopper" and ranks <= 8,
+        delivers=kernel == "hopper" and ranks - 1 <= SOURCES,
         memory=H200,
     )
 

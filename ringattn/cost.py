@@ -258,8 +258,8 @@ def predict_pull(load: Workload, schedule: Schedule) -> Prediction:
     issued = HOST["call"] + (2 - schedule.flags) * HOST["launch"] + HOST["travel"]
     issued += 3 * copies * schedule.head_groups * HOST["copy"]
     launches = 1 if schedule.at_once else 2 + schedule.halves
-    issued_back = HOST["backward"] + launches * 2 * HOST["launch"] + 2 * HOST["travel"]
-    issued_back += copies * (4 * schedule.head_groups if schedule.at_once else 6) * HOST["copy"]
+    issued_back = HOST["backward"] + launches * 2 * HOST["launch"] + (2 - schedule.at_once) * HOST["travel"]
+    issued_back += copies * (3 * schedule.head_groups if schedule.at_once else 6) * HOST["copy"]
     if forward + backward < SHORT and plan.mask.documents is None:  # documents do not come again
         schedule = schedule._replace(replay=True)
         issued = issued_back = HOST["replay"]

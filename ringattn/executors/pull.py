@@ -148,7 +148,7 @@ class Map:
             self.homes = [self.home(piece.source, rank) for piece in axis.pieces]
             self.delivery = [both(*pair) for pair in self.homes if slot is not None]
             self.backs = tuple(self.word(piece.source, BACK) for piece in axis.pieces)
-            self.returns = self.returning(axis)
+            self.returns = self.returning(axis) if slot is None else ()
         del self.like
 
     def keys(self, rank: int) -> Pair:
@@ -227,8 +227,9 @@ class Map:
 
     def bring(self, k: Tensor, v: Tensor) -> None:
         """Sends own keys to the others, and lets theirs come."""
+        tensors = together(k), together(v)  # may take multiprocessors, for which nobody shall wait who has heard
         self.symmetric.begin(self.begun)
-        self.symmetric.copy(self.puts, (together(k), together(v)))
+        self.symmetric.copy(self.puts, tensors)
 
     def arrival(self) -> Arrival:
         """What a launch that waits for flags is told; everybody must have begun the call."""

@@ -49,14 +49,13 @@ class Put(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Words of some rank that show how far copies have come: they become the number of calls when all that was put
-    before is there."""
+    """Words of some rank that show how far this one has come: they become the number of calls."""
 
     words: Tensor  # [n] int32, of `Symmetric.words`
 
 
 Step = Put | Mark
-ROWS, WORDS = 3, 2048  # of each rank, that copies can mark: rows, and words in a row
+ROWS, WORDS = 3, 2048  # of each rank: rows of words, and words in a row
 
 
 class TransportError(RuntimeError):
@@ -91,8 +90,10 @@ class Symmetric(Protocol):
     In every call a rank
 
     1. begins,
-    2. copies its tensors into the others' regions, marking words of theirs, and
-    3. hears from all others, in some row of its words, that they have done so.
+    2. copies its tensors into the others' regions, and
+    3. hears from all others, in some row of its words, that they have come as far as it wants them to be.
+
+    With each of the first two it may mark words of theirs.
 
     Only in 3 does a rank wait for others. Who has heard from all in call n knows that all have begun it, and so have
     read all that came in call n - 1: in call n + 1 it may write where it wrote in that one. So two regions used in
@@ -128,7 +129,8 @@ class Symmetric(Protocol):
         ...
 
     def copy(self, puts: Sequence[Step], tensors: Sequence[Tensor] = ()) -> None:
-        """Starts to put parts of some tensors, as the compute so far has left them, where they belong."""
+        """Starts to put parts of some tensors, as the compute so far has left them, where they belong. Words among them
+        are marked when all that was put before is there."""
         ...
 
     def hear(self, row: int, poison: Tensor) -> None:

@@ -204,7 +204,8 @@ class SimulatedTransport:
         """See `Symmetric.begin`."""
         self.calls += 1
         self.count.fill_(self.calls)
-        self.copy(marks)
+        for mark in marks:  # which wait for no copies
+            self.show(mark)
 
     def mark(self, marks: Sequence[Mark]) -> None:
         """See `Symmetric.mark`."""
@@ -214,9 +215,7 @@ class SimulatedTransport:
         """See `Symmetric.copy`."""
         for put in puts:
             if isinstance(put, Mark):
-                mark, count = put.words, self.calls
-                fill = self.filling(mark, torch.tensor(count))
-                self.last = self.travel(self.rank, self.owner(mark), None, fill, after=self.last)
+                self.last = self.show(put, self.last)
                 continue
             source = tensors[put.number][put.part]
             contiguous(*put.destination, *source)
@@ -224,6 +223,11 @@ class SimulatedTransport:
             nbytes = source.numel() * source.element_size()
             arrives = self.travel(self.rank, self.owner(put.destination), nbytes, self.filling(put.destination, source))
             self.last = max(self.last, arrives)
+
+    def show(self, mark: Mark, after: float = 0.0) -> float:
+        """Words are on their way, and come after some time; when."""
+        fill = self.filling(mark.words, torch.tensor(self.calls))
+        return self.travel(self.rank, self.owner(mark.words), None, fill, after)
 
     def filling(self, destination: Tensor, source: Tensor) -> Callable[[], None]:
         """What happens when a copy arrives."""

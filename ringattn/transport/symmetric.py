@@ -32,7 +32,7 @@ from ringattn.transport.interface import ROWS, WORDS, Mark, Put, Step, Transport
 __all__ = ["SymmetricMemory", "node"]
 
 ALIGNMENT = 1024
-KNOWN = 256  # lists of copies that are remembered
+KNOWN = 1024  # lists of copies and of words that are remembered
 Known = tuple[Sequence[Step], list[Operation]]
 BY_A_KERNEL = -1  # found to be late, in place of a set of ranks
 

@@ -37,6 +37,8 @@ from tests.aot import sass
 
 TOOLS = Path(triton.backends.__path__[0]) / "nvidia" / "bin"
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
+# Every warp of a warpgroup has stored a part of a tile by TMA and waited for it; then one lane says that it is there.
+TOO_EARLY = re.compile(r"cp\.async\.bulk\.wait_group 0;(?:(?!bar\.sync|atom\.|red\.|bra).)*mbarrier\.arrive", re.DOTALL)
 
 
 class NamedTarget:
@@ -128,6 +130,7 @@ def report(kernel) -> dict:
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "looks": re.findall(r"(?:ld|atom)\.global\S*acquire\S*", kernel.asm["ptx"]),
+        "too_early": len(TOO_EARLY.findall(kernel.asm["ptx"])),
         "overwritten": sass.overwritten_operands(dump.stdout),
         "maxima_first": sass.maxima_before_the_branch(dump.stdout),
         "opcodes": dict(collections.Counter(OPCODE.findall(dump.stdout)).most_common()),

@@ -89,6 +89,7 @@ def test_shipped_tilings(reports, release: str, architecture: str):
         opcodes = line["opcodes"]
         if line["kernel"] in HOPPER:
             assert line["overwritten"] == [], f"{name}: registers overwritten that matrix instructions read"
+        assert line["too_early"] == 0, f"{name}: tiles count as stored before all warps have stored their parts"
         if line["kernel"] == "hopper_forward_kernel":
             assert line["maxima_first"] == 0, f"{name}: exponentials wait for maxima"
         assert line["stack"] == 0, f"{name}: {line['stack']} bytes of registers spilled"
