@@ -30,7 +30,7 @@ def viewed(x, dtype, shape, layout, _semantic=None):
 
 @gluon.jit
 def reduced():
-    """Waits until what this warp has reduced is in memory, not only read from shared memory."""
+    """Waits until what this thread has stored or added by TMA is in memory, not only read from shared memory."""
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -222,21 +222,19 @@ def store(
     dtype: gl.constexpr = results[0].dtype
     mbarrier.arrive(over, count=1)
     mbarrier.wait(over, 0)  # nobody reads Q and dO any more
-    second = place(order, GROUPS, GROUP, SHARE)[2] % GROUP > 0
-    if SHARE < GROUP and second:
+    i_b, i_g, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
+    first = head0 % GROUP == 0
+    if SHARE < GROUP and not first:
         await_turn(shared + read_anew("%ctaid.x") - 1, 1)
     for number in gl.static_range(2):
         s_x = staged(grads[number], ring[HALF], dtype)
-        i_b, i_g, head0, key0, _, _ = place(order, GROUPS, GROUP, SHARE)
-        onto = ADD or (SHARE < GROUP and head0 % GROUP > 0)
+        onto = ADD or (SHARE < GROUP and not first)
         if WAIT:
             deliver(homes, number, i_b, i_g, key0 + HALF * 64, SLOT, s_x, onto)
         else:
             bring(results[number], [i_b, i_g, key0 + HALF * 64, 0], s_x, onto)
         tma.store_wait(0)
-    if (
-        SHARE < GROUP and place(order, GROUPS, GROUP, SHARE)[2] % GROUP == 0
-    ):  # one lane stores by TMA, waits for that, and arrives
+    if SHARE < GROUP and first:
         reduced()
         meet()  # every warp has stored a part of the tile, and one lane arrives
         mbarrier.arrive(stored, count=1)

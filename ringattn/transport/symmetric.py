@@ -33,7 +33,6 @@ __all__ = ["SymmetricMemory", "node"]
 
 ALIGNMENT = 1024
 KNOWN = 1024  # lists of copies and of words that are remembered
-Known = tuple[Sequence[Step], list[Operation]]
 BY_A_KERNEL = -1  # found to be late, in place of a set of ranks
 
 
@@ -78,7 +77,7 @@ class SymmetricMemory:
         self.start, self.done = torch.cuda.Event(), torch.cuda.Event()
         self.leaving: list[Sequence[Tensor]] = []  # tensors that are being put
         self.waiting: Any = None
-        self.known: dict[Any, Known] = {}
+        self.known: dict[Any, tuple[Sequence[Step], list[Operation]]] = {}
         self.compute = torch.cuda.current_stream(device)
         self.error = torch.zeros(2, dtype=torch.int64).pin_memory()
         self.failed = self.error.numpy()  # the same memory, quicker to look at
@@ -161,10 +160,8 @@ class SymmetricMemory:
     def write(self, marks: Sequence[Mark], *own: Tensor) -> None:
         """Writes words from the stream of the compute itself, which nobody has to wait for first."""
         name = id(marks), len(own)
-        known = self.known.get(name)
-        if known is None:
-            known = self.remember(name, marks, [self.engine.mark(*own, *(x.words for x in marks))])
-        known[1][0]((), self.calls, self.compute.cuda_stream)
+        (operation,) = self.lowered(name, marks, lambda: [self.engine.mark(*own, *(x.words for x in marks))])
+        operation((), self.calls, self.compute.cuda_stream)
 
     def turn(self) -> None:
         """Another call begins, on the current stream."""
@@ -209,25 +206,21 @@ class SymmetricMemory:
         self.engines.wait_event(self.start)
         self.leaving.append(tensors)
         bases, count, stream = [x.data_ptr() for x in tensors], self.calls, self.engines.cuda_stream
-        for operation in self.lowered(puts, tensors):
+        name = id(puts), *(x.stride() for x in tensors)  # for tensors that lie alike
+        for operation in self.lowered(name, puts, lambda: [self.operation(x, tensors) for x in puts]):
             operation(bases, count, stream)
 
-    def lowered(self, puts: Sequence[Step], tensors: Sequence[Tensor]) -> list[Operation]:
-        """Copies and marks as CUDA wants them, kept for tensors that lie alike."""
-        name = id(puts), *(x.stride() for x in tensors)
+    def operation(self, x: Step, tensors: Sequence[Tensor]) -> Operation:
+        return self.engine.put(x, tensors) if isinstance(x, Put) else self.engine.mark(x.words)
+
+    def lowered(self, name: Any, steps: Sequence[Step], lower: Callable[[], list[Operation]]) -> list[Operation]:
+        """What steps mean to CUDA, kept with the steps, so that nothing else gets the id that is in their name."""
         known = self.known.get(name)
         if known is None:
-            engine = self.engine
-            operations = [engine.put(x, tensors) if isinstance(x, Put) else engine.mark(x.words) for x in puts]
-            known = self.remember(name, puts, operations)
+            known = self.known[name] = steps, lower()
+            if len(self.known) > KNOWN:
+                del self.known[next(iter(self.known))]
         return known[1]
-
-    def remember(self, name: Any, steps: Sequence[Step], operations: list[Operation]) -> Known:
-        """Keeps what steps mean to CUDA; and the steps themselves, so that nothing else gets their id."""
-        known = self.known[name] = steps, operations
-        if len(self.known) > KNOWN:
-            del self.known[next(iter(self.known))]
-        return known
 
     def hear(self, row: int, poison: Tensor) -> None:
         """See `Symmetric.hear`."""
